@@ -1,0 +1,332 @@
+"""CachedWeight: the one Parameter over a cache block, its gradient, and who still needs which rows.
+
+Autograd sees a leaf of constant shape (ceiling, D) whose gradient is sparse over slots. Slots change their rows, so a
+slot number that autograd holds is only good while its row is pinned. Tokens do that.
+
+The life of a token (one forward that autograd recorded):
+    HELD      from the forward on; its rows keep one pin each.
+    SPENT     after its backward: the slots stand in `.grad` now, so the rows stay until the gradient was used or cleared.
+    RELEASED  the graph died unused; or, after SPENT, an optimizer stepped the block or its gradient was cleared.
+A graph may die in any thread and inside any lock (garbage collection), so its finalizer only appends to a deque; `settle`
+empties it, in the training thread, outside every backward (inside one, `.grad` may be None although it is about to be
+accumulated).
+"""
+
+import contextlib
+import weakref
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .cache import RowCache
+from .row_layout import RowLayout
+from .row_rules import RowRule
+
+__all__ = ["CachedWeight", "Token", "cached_weight_of", "plain_mode"]
+
+HELD, SPENT, RELEASED = "held", "spent", "released"
+
+
+@contextlib.contextmanager
+def plain_mode() -> Iterator[None]:
+    """No gradients, and no inference tensors: what outlives a call must stay usable outside inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def cached_weight_of(parameter: torch.Tensor) -> "CachedWeight | None":
+    """The CachedWeight whose block `parameter` is, or None for any other tensor."""
+    return getattr(parameter, "_freqcache_weight", None)
+
+
+class Token:
+    """Holds the rows in `slots` (int32[U], unique), one pin each."""
+
+    __slots__ = ("slots", "state")
+
+    def __init__(self, slots: torch.Tensor) -> None:
+        self.slots = slots
+        self.state = HELD
+
+
+class CachedWeight:
+    """Binds a RowCache to autograd and to an optimizer.
+
+    Attributes:
+        cache: the RowCache.
+        parameter: nn.Parameter (ceiling, D), a view of the block's weight columns; always the same object.
+        rule: the row rule whose state the records hold, or None.
+        version: goes up whenever rows are updated (a backward that needs the forward's values compares it).
+        num_tokens: tokens not released.
+        max_state_dict_bytes: above this, the logical table is not handed out as one tensor; 2 GiB.
+    """
+
+    def __init__(self, cache: RowCache, rule: RowRule | None) -> None:
+        self.cache = cache
+        self.rule = rule
+        self.version = 0
+        self.num_tokens = 0
+        self.max_state_dict_bytes = 2 << 30
+        self.parameter = nn.Parameter(cache.records[:, : cache.layout.dim])
+        self.parameter._freqcache_weight = self
+        self._dead: deque[Token] = deque()
+        self._spent: list[Token] = []
+        self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
+        self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
+        self._moves_at_step = 0
+        self._owner: weakref.ref | None = None
+        self._replaced: weakref.WeakSet = weakref.WeakSet()
+        self._state_is_initial = True
+
+    # ---- tokens -------------------------------------------------------------------------------------------------
+
+    def hold(self, slots: torch.Tensor) -> Token:
+        """A token that takes over the pin that `RowCache.prepare` put on each of `slots`."""
+        self.num_tokens += 1
+        return Token(slots)
+
+    def watch(self, graph_node: object, token: Token) -> None:
+        """Releases `token` after `graph_node` has died without a backward."""
+        weakref.finalize(graph_node, self._dead.append, token).atexit = False
+
+    def release(self, token: Token) -> None:
+        """Unpins the token's rows, once."""
+        if token.state != RELEASED:
+            token.state = RELEASED
+            self.num_tokens -= 1
+            self.cache.unpin(token.slots)
+
+    def settle(self) -> None:
+        """Releases what nobody needs any more. Called by the training thread where a forward, prefetch or flush starts."""
+        if torch._C._current_graph_task_id() != -1:  # a forward that is recomputed inside a backward
+            return
+        self.restore_stash()
+        while self._dead:
+            token = self._dead.popleft()
+            if token.state == HELD:
+                self.release(token)
+        if self._spent and not self._has_gradient():
+            self._release_spent()
+
+    def _has_gradient(self) -> bool:
+        grad = self.parameter.grad
+        return grad is not None and (not grad.is_sparse or grad._nnz() > 0)
+
+    def _release_spent(self) -> None:
+        for token in self._spent:
+            self.release(token)
+        self._spent.clear()
+
+    # ---- backward -----------------------------------------------------------------------------------------------
+
+    def before_backward(self, token: Token, needs_gradient: bool) -> None:
+        """Refuses a backward whose slots may have changed their rows, or that would add to a used-up gradient."""
+        if token.state == RELEASED:
+            raise RuntimeError(
+                "backward through a lookup whose rows were released: an optimizer stepped, or the gradient was cleared, "
+                "since its first backward (retain_graph across a step). Run the forward again"
+            )
+        if needs_gradient and self._stepped_gradient() is not None:
+            raise RuntimeError(
+                "backward would add to a gradient that an optimizer has already stepped: call zero_grad() after step()"
+            )
+
+    def gradient(self, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The sparse gradient of the block: `slots` int32[U] ascending, `values` (U, D); flagged coalesced."""
+        self.cache.mark_dirty(slots)
+        grad = self.parameter.grad
+        if grad is not None and grad.is_sparse and grad._nnz() == 0:
+            grad._coalesced_(True)  # zero_grad(set_to_none=False) may have dropped the flag; torch would then append
+        return torch.sparse_coo_tensor(
+            slots.long().unsqueeze(0), values, self.parameter.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def after_backward(self, token: Token) -> None:
+        """From here on the token's slots stand in a gradient."""
+        if token.state == HELD:
+            token.state = SPENT
+            self._spent.append(token)
+
+    # ---- optimizer ----------------------------------------------------------------------------------------------
+
+    def bind(self, optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, keep_slots: bool = False) -> None:
+        """Makes `optimizer` the one that trains the rows by `rule`; its state starts at its initial values.
+
+        With `keep_slots` (an optimizer bound at its first step, while gradients hold slots) the block keeps its shape.
+
+        Raises:
+            ValueError: another kind is bound or reserved, or the state does not fit into max_cache_bytes.
+            RuntimeError: `optimizer` was replaced by a later one; or the block's shape would change while it is in use.
+        """
+        self.check_binding(optimizer, rule, group)
+        if self.owner is optimizer:
+            return
+        layout = rule.layout(self.cache.layout.dim, self.cache.layout.dtype, group)
+        with plain_mode():
+            if [column[:2] for column in layout.state] != [column[:2] for column in self.cache.layout.state]:
+                self._relayout(layout, keep_slots)
+            elif layout != self.cache.layout or not self._state_is_initial:
+                self.cache.layout = layout
+                self.cache.reset_state()
+        self._state_is_initial = True
+        if self.owner is not None:
+            self._replaced.add(self.owner)
+        self.rule = rule
+        self._owner = weakref.ref(optimizer)
+
+    def check_binding(self, optimizer: torch.optim.Optimizer, rule: RowRule, group: dict) -> None:
+        """Raises what `bind` would raise for the optimizer's kind and settings; changes nothing."""
+        rule.check(group)
+        if self.rule is not None and self.rule.name != rule.name:
+            raise ValueError(
+                f"the rows carry the state of {self.rule.name!r}, so {type(optimizer).__name__} ({rule.name!r}) cannot "
+                f"train them: use one optimizer, or call drop_optimizer_state() on the bag first"
+            )
+        if optimizer in self._replaced:
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} was replaced by an optimizer that was bound to the same bag later, and "
+                f"the rows carry that one's state: step only the latest"
+            )
+
+    @property
+    def owner(self) -> torch.optim.Optimizer | None:
+        """The optimizer that is bound and still alive."""
+        return None if self._owner is None else self._owner()
+
+    def drop_state(self) -> None:
+        """Forgets the optimizer and removes its columns from the records."""
+        layout = RowLayout(self.cache.layout.dim, self.cache.layout.dtype)
+        if layout != self.cache.layout:
+            with plain_mode():
+                self._relayout(layout, keep_slots=False)
+        if self.owner is not None:
+            self._replaced.add(self.owner)
+        self.rule = self._owner = None
+        self._state_is_initial = True
+
+    def _relayout(self, layout: RowLayout, keep_slots: bool) -> None:
+        if not keep_slots:
+            _, ceiling = self.cache.config.size_in_slots(self.cache.num_rows, layout.row_bytes)
+            if ceiling != self.cache.ceiling:
+                self.require_quiescent(f"changing the block from {self.cache.ceiling} to {ceiling} slots")
+        self.cache.relayout(layout, keep_slots)
+        self.parameter.data = self.cache.records[:, : layout.dim]
+
+    def require_quiescent(self, what: str) -> None:
+        """Raises RuntimeError while a graph or a gradient still holds slots."""
+        self.settle()
+        self.cache.end_prefetch()
+        if self.num_tokens or self.parameter.grad is not None:
+            raise RuntimeError(
+                f"{what} is not possible while {self.num_tokens} forward(s) wait for their backward or step and .grad is "
+                f"{'None' if self.parameter.grad is None else 'set'}: do it before training starts, or after step() and "
+                f"zero_grad(), with no output of the bag alive"
+            )
+
+    def step(self, group: dict, step: int) -> None:
+        """Applies the rule to the rows of `.grad`, as step number `step` (from 1)."""
+        grad = self.parameter.grad
+        if not grad.is_sparse or tuple(grad.shape) != tuple(self.parameter.shape):
+            raise RuntimeError(
+                f"the gradient of a cached table is sparse over its {self.cache.ceiling} slots; found a "
+                f"{'sparse' if grad.is_sparse else 'dense'} one of shape {tuple(grad.shape)}"
+            )
+        if self._stepped_gradient() is not None and self._moves_at_step != self.cache.moves:
+            raise RuntimeError(
+                "this gradient was stepped before, and rows have moved since: its slots hold other rows now. "
+                "Call zero_grad() after step()"
+            )
+        slots = grad._indices()[0]
+        if not grad.is_coalesced() and not bool((slots[1:] > slots[:-1]).all()):
+            raise RuntimeError(
+                "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend on "
+                "where rows sit; scale it in place (grad.mul_) instead of adding sparse tensors to it"
+            )
+        with plain_mode():
+            values = grad._values().detach().contiguous()
+            slots = slots.int()
+            self.cache.mark_dirty(slots)
+            self.rule.update(
+                self.cache.kernels,
+                self.cache.records,
+                self.cache.layout,
+                slots,
+                -values if group.get("maximize") else values,
+                group,
+                step,
+            )
+        self.version += 1
+        self._state_is_initial = False
+
+    def after_step(self) -> None:
+        """The optimizer has used the gradient: its rows may leave; adding to it, or stepping it after that, is refused."""
+        self.restore_stash()
+        self._release_spent()
+        if self._has_gradient():
+            self._stepped = weakref.ref(self.parameter.grad)
+            self._moves_at_step = self.cache.moves
+
+    def _stepped_gradient(self) -> torch.Tensor | None:
+        """`.grad`, if it was stepped and not cleared since."""
+        grad = self.parameter.grad
+        if self._stepped is None or grad is None or self._stepped() is not grad or not self._has_gradient():
+            self._stepped = None
+            return None
+        return grad
+
+    def stash_gradient(self) -> None:
+        """Hides `.grad` from a foreign optimizer's step, until `restore_stash`."""
+        self._stash, self.parameter.grad = self.parameter.grad, None
+
+    def restore_stash(self) -> None:
+        """Puts a hidden gradient back; also after a step that raised."""
+        if self._stash is not None:
+            if self.parameter.grad is None:
+                self.parameter.grad = self._stash
+            self._stash = None
+
+    # ---- logical table ------------------------------------------------------------------------------------------
+
+    def logical(self, column: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Column `column` of ids start..stop-1 in id order, newest values: (n, width), a copy.
+
+        Raises:
+            ValueError: it would pass `max_state_dict_bytes`.
+        """
+        stop = self.cache.num_rows if stop is None else stop
+        columns = self.cache.layout.columns(column)
+        width = columns.stop - columns.start
+        self.check_bytes((stop - start) * width * self.cache.layout.dtype.itemsize, f"column {column!r} as one tensor")
+        with plain_mode():
+            out = torch.empty(stop - start, width, dtype=self.cache.layout.dtype)
+            for first, last in self.cache.id_chunks(start, stop):
+                out[first - start : last - start] = self.cache.read_ids(first, last)[:, columns]
+        return out
+
+    def set_logical(self, column: str, values: torch.Tensor, start: int = 0) -> None:
+        """Writes `values` (n, width) into column `column` of ids start..; streamed, any device and float dtype."""
+
+        def fill(chunk: torch.Tensor, first: int) -> None:
+            chunk.copy_(values[first - start : first - start + chunk.shape[0]])
+
+        with plain_mode():
+            self.cache.update_column(column, start, start + values.shape[0], fill)
+        self.version += 1
+        if column != "weight":
+            self._state_is_initial = False
+
+    def reset_state(self) -> None:
+        """Every state column back to its initial value."""
+        with plain_mode():
+            self.cache.reset_state()
+        self._state_is_initial = True
+
+    def check_bytes(self, num_bytes: int, what: str) -> None:
+        """ValueError where `num_bytes` pass `max_state_dict_bytes`."""
+        if num_bytes > self.max_state_dict_bytes:
+            raise ValueError(
+                f"{what} takes {num_bytes} bytes, more than max_state_dict_bytes={self.max_state_dict_bytes}: raise that "
+                f"attribute of the bag, or stream the table (colossal_freqcache.checkpoint, planned)"
+            )

@@ -1,0 +1,448 @@
+"""RowCache: the hot rows of a table on the training device, all rows in a store. `prepare` makes a batch's rows resident.
+
+Knows ids, rows, slots and records; nothing of gradients, optimizers or modules. Work per call is O(ids + misses).
+Shapes: N positions, U unique rows, M missing rows, C slots, R rows, W record width, T tables, B bags a table.
+Source: Fang et al. 2022 (arXiv:2208.05321); differs from it in dirty bits, pins, state that travels with its row, growth.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .config import FreqCacheConfig
+from .eviction import EvictionStrategy, make_policy
+from .kernels import BatchPlan, make_kernels
+from .metrics import CacheStats
+from .row_layout import RowLayout
+from .row_order import RowOrder
+from .slots import SlotTable
+from .stores import make_store
+
+__all__ = ["CacheTooSmallError", "Lookup", "RowCache"]
+
+# Whole-table passes (initialise, load, save, re-lay out) go through buffers of about this many bytes.
+CHUNK_BYTES = 16 << 20
+
+
+class CacheTooSmallError(ValueError):
+    """A batch needs more rows at once than the cache may hold; nothing was modified."""
+
+
+class Lookup(NamedTuple):
+    """Where the rows of one batch sit. Valid while its rows are pinned.
+
+    unique_of_position: int32[N], -1 for padding. slot_of_unique: int32[U]. offsets: int64[T*B+1]. num_tables: T.
+    """
+
+    unique_of_position: torch.Tensor
+    slot_of_unique: torch.Tensor
+    offsets: torch.Tensor
+    num_tables: int
+
+
+class _Index(NamedTuple):
+    """What an eviction policy may look at (see eviction.EvictionPolicy)."""
+
+    in_use: np.ndarray
+    row_of_slot: np.ndarray
+    slot_of_id: np.ndarray
+    id_of_row: np.ndarray | None
+
+
+class RowCache:
+    """Tables of R rows in all, C of them in `records`, the cache block.
+
+    Args:
+        table_sizes: rows of each table, T ints; the tables share the cache. An id of the whole is its table's start + id.
+        layout: what a record holds.
+        config: settings.
+        counts: accesses of each id (R,), or None; orders the rows.
+
+    Attributes:
+        records: (ceiling, W) tensor, the cache block; slots from `num_slots` on are untouched pages.
+        layout, stats, slots (SlotTable), store, order (RowOrder).
+        moves: goes up whenever a slot changes its row.
+    """
+
+    def __init__(
+        self, table_sizes: list[int], layout: RowLayout, config: FreqCacheConfig, counts: np.ndarray | None
+    ) -> None:
+        self.config = config
+        self.table_rows = torch.tensor(table_sizes, dtype=torch.int64)
+        self.table_starts = torch.cumsum(self.table_rows, 0) - self.table_rows
+        self.num_rows = int(self.table_rows.sum())
+        strategy = config.evict_strategy
+        if strategy is None:
+            strategy = EvictionStrategy.S3FIFO if counts is None else EvictionStrategy.DATASET
+        self._strategy = EvictionStrategy.parse(strategy)
+        self.kernels = make_kernels(config.kernels)
+        self.stats = CacheStats(len(table_sizes))
+        self.order = RowOrder.from_counts(counts, self.num_rows)
+        self.layout = layout
+        self.moves = 0
+        self.store = make_store(config.store, self.kernels)
+        num_slots, ceiling = config.size_in_slots(self.num_rows, layout.row_bytes)
+        self._warned_of_growth = False
+        self.store.allocate(self.num_rows, layout)
+        self._start_empty(num_slots, ceiling)
+
+    def _start_empty(self, num_slots: int, ceiling: int) -> None:
+        """Fresh maps and an untouched block: nothing is resident."""
+        self.slots = SlotTable(num_slots, self.num_rows, self.order.id_of_row is None)
+        self.policy = make_policy(self._strategy, num_slots, self.num_rows)
+        self.records = _untouched(ceiling, self.layout)
+        self._prefetched = np.empty(0, np.int32)
+        self.moves += 1
+
+    @property
+    def num_slots(self) -> int:
+        """Current slots, C."""
+        return self.slots.num_slots
+
+    @property
+    def ceiling(self) -> int:
+        """Slots that the cache may grow to."""
+        return self.records.shape[0]
+
+    # ---- a batch ------------------------------------------------------------------------------------------------
+
+    def prepare(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> Lookup:
+        """Makes every row of a batch resident and pins each once; the caller unpins `slot_of_unique`.
+
+        Args:
+            values: int64[N] ids local to their table, table-major. offsets: int64[T*B+1], from 0 to N, not decreasing.
+            padding_ids: int64[T], positions of this local id are left out; -1 for none.
+
+        Raises:
+            ValueError: an id is outside its table. CacheTooSmallError: the rows do not fit. Nothing was changed.
+        """
+        plan = self._plan(values, offsets, padding_ids)
+        slot_of_unique = self._admit(plan)
+        self._unpin_prefetched(slot_of_unique)
+        self._count(plan.counts, prefetching=False)
+        return Lookup(plan.unique_of_position, slot_of_unique, offsets, self.table_rows.numel())
+
+    def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
+        """Makes a later batch's rows resident now, pinned until `prepare` uses them or the next `prefetch`.
+
+        The previous prefetch's rows are given up even if this one raises.
+        """
+        self.end_prefetch()
+        plan = self._plan(values, offsets, padding_ids)
+        slots = self._admit(plan).numpy()
+        self._prefetched = slots
+        self.slots.prefetched.numpy()[slots] = 1
+        self.slots.prepaid.numpy()[slots[plan.slot_of_unique.numpy() < 0]] = 1
+        self._count(plan.counts, prefetching=True)
+
+    def end_prefetch(self) -> None:
+        """Unpins what is still held for the last prefetch."""
+        held = self._prefetched[self.slots.prefetched.numpy()[self._prefetched] == 1]
+        self._unpin_prefetched(torch.from_numpy(held))
+        self._prefetched = np.empty(0, np.int32)
+
+    def unpin(self, slots: torch.Tensor) -> None:
+        """Takes one pin off each of `slots` (int32[n], unique)."""
+        self.slots.num_pinned += self.kernels.add_pins(self.slots.pins, slots, -1)
+
+    def mark_dirty(self, slots: torch.Tensor) -> None:
+        """The records in `slots` are about to differ from the store's."""
+        self.slots.dirty.numpy()[slots.numpy()] = 1
+
+    def _plan(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> BatchPlan:
+        plan = self.kernels.plan(values, offsets, self.table_rows, self.table_starts, padding_ids, self.slots)
+        if isinstance(plan, BatchPlan):
+            return plan
+        position = plan
+        num_tables = self.table_rows.numel()
+        bags_per_table = (offsets.numel() - 1) // num_tables
+        table = int(torch.searchsorted(offsets[::bags_per_table], position, right=True)) - 1
+        where = f" of table {table}" if num_tables > 1 else ""
+        raise ValueError(
+            f"id {int(values[position])} at position {position} is outside the valid range{where}: "
+            f"0..{int(self.table_rows[table]) - 1}"
+        )
+
+    def _admit(self, plan: BatchPlan) -> torch.Tensor:
+        """Plan, evict, write back, fetch, publish: int32[U] slots, each pinned once more. Unchanged if it raises.
+
+        Any exception leaves each row's newest value where I3 wants it: victims keep their slot until they are written
+        back, and a slot that was being filled is free until the fetch has returned.
+        """
+        planned = plan.slot_of_unique.numpy()
+        missing = np.flatnonzero(planned < 0)
+        resident = plan.slot_of_unique[plan.slot_of_unique >= 0] if missing.size else plan.slot_of_unique
+        newly_pinned = self.kernels.add_pins(self.slots.pins, resident, 1)
+        self.slots.num_pinned += newly_pinned
+        try:
+            if not missing.size:
+                self.policy.touch(planned)
+                return plan.slot_of_unique
+            self._ensure_room(missing.size)
+            self.policy.touch(resident.numpy())
+            ids = plan.id_of_unique.numpy()[missing]
+            rows = self.order.rows(ids)
+            self._evict(missing.size - self.slots.num_free)
+            taken = self.slots.take_free(missing.size)
+            try:
+                self.store.read(torch.from_numpy(rows), self.records, torch.from_numpy(taken))
+            except BaseException:
+                self.slots.give_back(taken)
+                raise
+        except BaseException:
+            self.unpin(resident)
+            raise
+        self.slots.admit(ids, rows, taken)
+        self.policy.admit(taken, rows)
+        self.slots.num_pinned += self.kernels.add_pins(self.slots.pins, torch.from_numpy(taken), 1)
+        self.moves += 1
+        self.stats.rows_fetched += taken.size
+        self.stats.bytes_fetched += taken.size * self.layout.row_bytes
+        slot_of_unique = plan.slot_of_unique.clone()
+        slot_of_unique.numpy()[missing] = taken
+        return slot_of_unique
+
+    def _ensure_room(self, num_missing: int) -> None:
+        """Grows the cache if free slots and unpinned rows are fewer than `num_missing`; the batch's hits are pinned."""
+        pinned = self.slots.num_pinned
+        needed = pinned + num_missing
+        if needed <= self.num_slots:
+            return
+        if needed > self.ceiling:
+            raise CacheTooSmallError(
+                f"{needed} rows have to be resident at once ({num_missing} to fetch beside {pinned} in use by this batch, "
+                f"by graphs that wait for their backward or step, or by a prefetch), and the cache may hold "
+                f"{self.ceiling} ({self.ceiling * self.layout.row_bytes} bytes of {self.layout.row_bytes} a row). "
+                f"Raise max_cache_bytes to at least {needed * self.layout.row_bytes} (or cache_ratio to "
+                f"{needed / self.num_rows:.4f}, or num_slots to {needed}), or make the batch smaller, or step sooner"
+            )
+        self.grow(min(self.ceiling, max(needed, self.num_slots + self.num_slots // 2)))
+
+    def grow(self, num_slots: int) -> None:
+        """Enlarges the cache to `num_slots` slots, at most the ceiling; warns the first time."""
+        if not self._warned_of_growth:
+            self._warned_of_growth = True
+            warnings.warn(
+                f"a batch needs more rows than the cache's {self.num_slots} slots: it grows to {num_slots} (ceiling "
+                f"{self.ceiling}). Give a larger cache_ratio or num_slots, or limit it by max_cache_bytes",
+                stacklevel=2,
+            )
+        self.slots.grow(num_slots)
+        self.policy.grow(num_slots)
+        self.stats.growths += 1
+
+    def _evict(self, count: int) -> None:
+        """Frees `count` slots: the policy's choice, written back where dirty."""
+        if count <= 0:
+            return
+        slots = self.slots
+        index = _Index(
+            slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row
+        )
+        victims = self.policy.evict(count, index)
+        try:
+            self._write_back(victims[slots.dirty.numpy()[victims] != 0])
+        except BaseException:
+            self.policy.admit(victims, slots.row_of_slot.numpy()[victims].astype(np.int64))
+            raise
+        slots.evict(victims)
+        self.stats.evictions += victims.size
+
+    def _write_back(self, dirty: np.ndarray) -> None:
+        if not dirty.size:
+            return
+        rows = self.slots.row_of_slot.numpy()[dirty].astype(np.int64)
+        self.store.write(torch.from_numpy(rows), self.records, torch.from_numpy(dirty))
+        self.slots.dirty.numpy()[dirty] = 0
+        self.stats.rows_written_back += dirty.size
+        self.stats.bytes_written_back += dirty.size * self.layout.row_bytes
+
+    def _unpin_prefetched(self, slots: torch.Tensor) -> None:
+        """Of `slots`, those that a prefetch holds lose that pin; they count as used from here on."""
+        if not self._prefetched.size:
+            return
+        prefetched = self.slots.prefetched.numpy()
+        held = slots.numpy()[prefetched[slots.numpy()] == 1]
+        if held.size:
+            prefetched[held] = 0
+            self.slots.prepaid.numpy()[held] = 0
+            self.unpin(torch.from_numpy(held))
+
+    def _count(self, counts: torch.Tensor, prefetching: bool) -> None:
+        looked_up, missed, missed_unique, prepaid = counts.numpy().T
+        self.stats.misses_per_table += missed
+        self.stats.misses_unique_per_table += missed_unique
+        if not prefetching:
+            self.stats.hits_per_table += looked_up - missed - prepaid
+
+    def flush(self) -> None:
+        """Writes every dirty row back; the rows stay resident. O(slots)."""
+        self._write_back(np.flatnonzero(self.slots.dirty.numpy()).astype(np.int32))
+
+    def warm_up(self) -> None:
+        """Fills free slots with the most frequent rows: warmup_ratio of the slots if the ids' counts are known.
+
+        A cache with a slot for every row is filled in any case. Counted neither as misses nor as fetches.
+        """
+        known = self.order.id_of_row is not None
+        share = 1.0 if self.num_slots == self.num_rows else self.config.warmup_ratio if known else 0.0
+        wanted = int(self.num_slots * share) - self.slots.num_used
+        if wanted <= 0 or self.slots.num_used:
+            return
+        rows = np.arange(wanted, dtype=np.int64)
+        taken = self.slots.take_free(wanted)
+        self.store.read(torch.from_numpy(rows), self.records, torch.from_numpy(taken))
+        self.slots.admit(self.order.ids(rows), rows, taken)
+        self.policy.admit(taken, rows)
+        self.moves += 1
+
+    # ---- the whole table, in id order ---------------------------------------------------------------------------
+
+    def id_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """start..stop in pieces of about CHUNK_BYTES of records; each but the last a multiple of 16 ids, none shorter.
+
+        So a stream of normal_() or uniform_() over the pieces draws what one call over the whole would draw (torch fills
+        16 elements at a time).
+        """
+        step = max(16, CHUNK_BYTES // self.layout.row_bytes // 16 * 16)
+        first = start
+        while first < stop:
+            last = stop if stop - first - step < 16 else first + step
+            yield first, last
+            first = last
+
+    def read_ids(self, start: int, stop: int) -> torch.Tensor:
+        """The newest records of ids start..stop-1 of the whole, (stop - start, W); a copy."""
+        ids = np.arange(start, stop, dtype=np.int64)
+        records = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
+        places = torch.arange(stop - start)
+        self.store.read(torch.from_numpy(self.order.rows(ids)), records, places)
+        slots = self.slots.slot_of_id[start:stop] - 1
+        resident = (slots >= 0).nonzero()[:, 0]
+        self.kernels.copy_rows(self.records, slots[resident], records, resident)
+        return records
+
+    def write_ids(self, start: int, records: torch.Tensor) -> None:
+        """Sets the records of ids start.. to `records` (n, W), in the store and, where resident, in the cache."""
+        stop = start + records.shape[0]
+        ids = np.arange(start, stop, dtype=np.int64)
+        self.store.write(torch.from_numpy(self.order.rows(ids)), records, torch.arange(stop - start))
+        slots = self.slots.slot_of_id[start:stop] - 1
+        resident = (slots >= 0).nonzero()[:, 0]
+        self.kernels.copy_rows(records, resident, self.records, slots[resident])
+        self.slots.dirty[slots[resident].long()] = 0
+
+    def update_column(self, name: str, start: int, stop: int, fill: Callable[[torch.Tensor, int], None]) -> None:
+        """Calls fill(values, first id) on column `name` of consecutive chunks of ids start..stop-1, in place."""
+        columns = self.layout.columns(name)
+        for first, last in self.id_chunks(start, stop):
+            records = self.read_ids(first, last)
+            values = records[:, columns].contiguous()
+            fill(values, first)
+            records[:, columns] = values
+            self.write_ids(first, records)
+
+    def relayout(self, layout: RowLayout, keep_slots: bool = False) -> None:
+        """Re-lays store and block out for `layout`: weights stay, state columns start at their initial value.
+
+        Streamed, into a second store. The rows stay in their slots unless `max_cache_bytes` now allows another number of
+        slots than before: then the cache starts anew, warmed up; with `keep_slots` that is an error instead.
+
+        Raises:
+            ValueError: `max_cache_bytes` does not hold one record (or the block, with `keep_slots`); nothing was changed.
+        """
+        num_slots, ceiling = self.config.size_in_slots(self.num_rows, layout.row_bytes)
+        if keep_slots and ceiling < self.ceiling:
+            raise ValueError(
+                f"{self.ceiling} slots of {layout.row_bytes} bytes ({self.layout.row_bytes} before the optimizer's state) "
+                f"pass max_cache_bytes={self.config.max_cache_bytes}: reserve the state from the start with the bag's "
+                f"optimizer= keyword, or raise max_cache_bytes to {self.ceiling * layout.row_bytes}"
+            )
+        store = self.store.spawn()
+        store.allocate(self.num_rows, layout)
+        old_layout, old_store = self.layout, self.store
+        self.flush()
+        for first, last in self.id_chunks(0, self.num_rows):  # as rows, not ids: a straight copy
+            rows, places = torch.arange(first, last), torch.arange(last - first)
+            old = torch.empty(last - first, old_layout.width, dtype=old_layout.dtype)
+            old_store.read(rows, old, places)
+            store.write(rows, _converted(old, layout), places)
+        self.layout, self.store = layout, store
+        if ceiling != self.ceiling and not keep_slots:
+            self._start_empty(num_slots, ceiling)
+            self.warm_up()
+            return
+        block = _untouched(self.ceiling, layout)
+        used = (self.slots.id_of_slot >= 0).nonzero()[:, 0]
+        for chunk in used.split(max(1, CHUNK_BYTES // layout.row_bytes)):
+            block[chunk] = _converted(self.records[chunk], layout)
+        self.records = block
+
+    def reset_state(self) -> None:
+        """Sets every state column of every row to its initial value."""
+        for first, last in self.id_chunks(0, self.num_rows):
+            records = self.read_ids(first, last)
+            self.layout.fill_state(records)
+            self.write_ids(first, records)
+
+    def clone(self) -> "RowCache":
+        """A cache of its own over a copy of all records, warmed up, with fresh counters; the row order is shared."""
+        copy = object.__new__(RowCache)
+        copy.__dict__.update(self.__dict__)
+        copy.kernels = make_kernels(self.config.kernels)
+        copy.stats = CacheStats(self.table_rows.numel())
+        copy.store = self.store.spawn()
+        copy.store.allocate(self.num_rows, self.layout)
+        copy._start_empty(self.num_slots, self.ceiling)
+        for first, last in self.id_chunks(0, self.num_rows):
+            copy.write_ids(first, self.read_ids(first, last))
+        copy.warm_up()
+        return copy
+
+    # ---- accounts -----------------------------------------------------------------------------------------------
+
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes by part; parts on the host that may grow with the table have "host" in their name.
+
+        cache: num_slots * row_bytes. reserved: address space between the slots and the ceiling (untouched on a CPU).
+        index: every per-slot array. workspace: what depends on the largest batch.
+        """
+        slots = self.slots.num_bytes()
+        policy = self.policy.num_bytes()
+        return {
+            "cache": self.num_slots * self.layout.row_bytes,
+            "reserved": (self.ceiling - self.num_slots) * self.layout.row_bytes,
+            "index": slots.pop("index") + policy.pop("index", 0),
+            "workspace": self.kernels.workspace_bytes(),
+            "host_store": self.store.num_bytes(),
+            "host_row_order": self.order.num_bytes(),
+            **slots,
+            **policy,
+        }
+
+    def check(self) -> None:
+        """Asserts every invariant, I3 by value. For tests: O(rows)."""
+        self.slots.check(self.order.row_of_id)
+        self.policy.check(self.slots.row_of_slot.numpy())
+        clean = (self.slots.dirty == 0) & (self.slots.id_of_slot >= 0)
+        slots = clean.nonzero()[:, 0]
+        stored = torch.empty(slots.numel(), self.layout.width, dtype=self.layout.dtype)
+        self.store.read(self.slots.row_of_slot[slots].long(), stored, torch.arange(slots.numel()))
+        assert torch.equal(stored, self.records[slots]), "I3: a clean slot differs from the store"
+
+
+def _untouched(num_slots: int, layout: RowLayout) -> torch.Tensor:
+    """(num_slots, W) of address space: pages are faulted in when a slot is first filled."""
+    dtype = np.float32 if layout.dtype == torch.float32 else np.float64
+    return torch.from_numpy(np.empty((num_slots, layout.width), dtype))
+
+
+def _converted(records: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Records of another layout of the same dim in `layout`: the weight kept, the state initial."""
+    converted = torch.empty(records.shape[0], layout.width, dtype=layout.dtype)
+    converted[:, : layout.dim] = records[:, : layout.dim]
+    layout.fill_state(converted)
+    return converted

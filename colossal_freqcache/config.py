@@ -1,0 +1,109 @@
+"""FreqCacheConfig: every setting of one cache, validated once. Knows nothing of tables, devices or policies' insides."""
+
+import dataclasses
+import math
+from typing import Any
+
+__all__ = ["DEFAULT_CACHE_RATIO", "FreqCacheConfig"]
+
+# The share of the rows that Fang et al. 2022 (arXiv:2208.05321) keep on the device.
+DEFAULT_CACHE_RATIO = 0.015
+
+# Without `max_cache_bytes` a cache on a CPU may grow to this many times its initial slots before it refuses a batch.
+DEFAULT_GROWTH = 4
+
+_PLANNED = {
+    "window": "lookahead (knowing the ids of the next batches)",
+    "depth": "lookahead (admitting the rows of the next batches)",
+    "sharding": "sharding a table over several ranks",
+}
+
+
+def _refuse(field: str, value: Any, allowed: str) -> None:
+    raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class FreqCacheConfig:
+    """The settings of one cache; the keywords of the bags, and of the `freq_cache` section of a config file.
+
+    Args:
+        cache_ratio: share of the table's rows that get a slot, in (0, 1]. 0.015 if no size is given.
+        num_slots: slots, instead of a ratio; at least 1.
+        max_cache_bytes: the ceiling up to which the cache may grow, in bytes of whole rows (weight and optimizer state);
+            the initial size too where neither ratio nor slots are given. Default: 4 times the initial slots on a CPU.
+        warmup_ratio: share of the slots that is filled with the most frequent rows at the start, in [0, 1].
+        evict_strategy: name of an eviction policy or an EvictionStrategy; None chooses by what is known of the ids.
+        optimizer: name of the row optimizer whose state columns are reserved from the start; None: when one is bound.
+        store: "ram", or an object that implements `stores.RowStore`.
+        kernels: "auto", "torch" or "cpu".
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+        NotImplementedError: for a setting of a planned feature.
+    """
+
+    cache_ratio: float | None = None
+    num_slots: int | None = None
+    max_cache_bytes: int | None = None
+    warmup_ratio: float = 1.0
+    evict_strategy: Any = None
+    optimizer: str | None = None
+    store: Any = "ram"
+    kernels: str = "auto"
+    window: int | None = None
+    depth: int | None = None
+    sharding: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_ratio is not None:
+            if self.num_slots is not None:
+                raise ValueError(
+                    f"cache_ratio={self.cache_ratio!r} and num_slots={self.num_slots!r} both give the size: give one of them"
+                )
+            if not _is_number(self.cache_ratio) or not 0 < self.cache_ratio <= 1:
+                _refuse("cache_ratio", self.cache_ratio, "a share of the rows in (0, 1]")
+        if self.num_slots is not None and (not _is_int(self.num_slots) or self.num_slots < 1):
+            _refuse("num_slots", self.num_slots, "an int of at least 1")
+        if self.max_cache_bytes is not None and (not _is_int(self.max_cache_bytes) or self.max_cache_bytes < 1):
+            _refuse("max_cache_bytes", self.max_cache_bytes, "an int of bytes, at least one row's")
+        if not _is_number(self.warmup_ratio) or not 0 <= self.warmup_ratio <= 1:
+            _refuse("warmup_ratio", self.warmup_ratio, "a share of the slots in [0, 1]")
+        for field, feature in _PLANNED.items():
+            if getattr(self, field) is not None:
+                raise NotImplementedError(
+                    f"{field}={getattr(self, field)!r}: {feature} is planned, not built yet; leave it out"
+                )
+
+    def size_in_slots(self, num_rows: int, row_bytes: int) -> tuple[int, int]:
+        """(initial slots, ceiling in slots) for a table of `num_rows` rows of `row_bytes` bytes; both in 1..num_rows.
+
+        Raises:
+            ValueError: `max_cache_bytes` does not hold one row, or not the slots that were asked for.
+        """
+        limit = None
+        if self.max_cache_bytes is not None:
+            limit = self.max_cache_bytes // row_bytes
+            if limit < 1:
+                raise ValueError(
+                    f"max_cache_bytes={self.max_cache_bytes} holds no row of {row_bytes} bytes: give at least {row_bytes}"
+                )
+        if self.num_slots is not None:
+            wanted = self.num_slots
+        elif self.cache_ratio is None and limit is not None:
+            wanted = limit
+        else:
+            wanted = max(1, int(num_rows * (DEFAULT_CACHE_RATIO if self.cache_ratio is None else self.cache_ratio)))
+        wanted = min(wanted, num_rows)
+        if limit is None:
+            return wanted, min(num_rows, DEFAULT_GROWTH * wanted)
+        ceiling = min(num_rows, limit)
+        return min(wanted, ceiling), ceiling

@@ -1,0 +1,759 @@
+"""FreqAwareEmbeddingBag and FreqAwareEmbeddingBagCollection: nn.EmbeddingBag over a cached table, and many over one cache.
+
+Shapes: N ids in a batch (repeats), U unique rows, C slots, R rows, D embedding width, B bags (a table), T tables.
+Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weight` alone differs: it is the cache block.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .block import CachedWeight, Token, plain_mode
+from .cache import Lookup, RowCache
+from .config import FreqCacheConfig
+from .frequency import as_counts
+from .metrics import CacheStats
+from .row_layout import RowLayout
+from .row_rules import make_rule
+from .step_hooks import install_step_hooks
+
+__all__ = ["FreqAwareEmbeddingBag", "FreqAwareEmbeddingBagCollection"]
+
+MODES = ("sum", "mean", "max")
+
+
+class _Batch(NamedTuple):
+    """A forward's input: values int64[N], offsets int64[T*B+1] with both ends, weights (N,) or None."""
+
+    values: torch.Tensor
+    offsets: torch.Tensor
+    weights: torch.Tensor | None
+
+
+class _CachedBags(nn.Module):
+    """T tables of one width over one RowCache. What both public classes share; they differ in input and output shape."""
+
+    def __init__(
+        self,
+        table_sizes: Sequence[int],
+        embedding_dim: int,
+        padding_ids: Sequence[int],
+        *,
+        max_norm: float | None,
+        norm_type: float,
+        scale_grad_by_freq: bool,
+        mode: str,
+        sparse: bool,
+        weights: Sequence[torch.Tensor] | None,
+        include_last_offset: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        ids_freq_mapping: Any,
+        config: FreqCacheConfig,
+    ) -> None:
+        super().__init__()
+        for number, rows in enumerate(table_sizes):
+            if not isinstance(rows, int) or rows < 1:
+                raise ValueError(f"table {number} has {rows!r} rows: give an int of at least 1")
+        if not isinstance(embedding_dim, int) or embedding_dim < 1:
+            raise ValueError(f"embedding_dim={embedding_dim!r} is not allowed: an int of at least 1")
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(map(repr, MODES))}")
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"max_norm={max_norm!r} is not allowed: a norm of at least 0, or None")
+        if device is not None and torch.device(device).type != "cpu":
+            raise NotImplementedError(f"device={device!r}: a cache on an accelerator is planned, not built yet; use 'cpu'")
+        if dtype is None:
+            dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype} is not allowed: torch.float32 or torch.float64 (others are planned)")
+        self.embedding_dim = embedding_dim
+        self.max_norm = max_norm
+        self.norm_type = float(norm_type)
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.mode = mode
+        self.sparse = sparse
+        self.include_last_offset = include_last_offset
+        counts = as_counts(ids_freq_mapping, list(table_sizes))
+        rule = None if config.optimizer is None else make_rule(config.optimizer)
+        layout = RowLayout(embedding_dim, dtype) if rule is None else rule.layout(embedding_dim, dtype, {})
+        install_step_hooks()
+        with plain_mode():
+            self._padding_ids = torch.tensor(padding_ids, dtype=torch.int64)
+            self._no_padding = torch.full_like(self._padding_ids, -1)
+            self._cache = RowCache(list(table_sizes), layout, config, counts)
+            self._initialize(weights)
+            self._cache.warm_up()
+            self._cached_weight = CachedWeight(self._cache, rule)
+        self.weight = self._cached_weight.parameter
+
+    # ---- initialisation -----------------------------------------------------------------------------------------
+
+    def _initialize(self, weights: Sequence[torch.Tensor] | None) -> None:
+        """First records of every row: given weights, or what nn.EmbeddingBag draws table after table from the same seed."""
+        cache = self._cache
+        for table, (start, rows) in enumerate(self._table_ranges()):
+            for first, last in cache.id_chunks(start, start + rows):
+                records = torch.empty(last - first, cache.layout.width, dtype=cache.layout.dtype)
+                cache.layout.fill_state(records)
+                if weights is None:
+                    values = torch.empty(last - first, self.embedding_dim, dtype=cache.layout.dtype).normal_()
+                    if first <= start + self._padding_ids[table] < last and self._padding_ids[table] >= 0:
+                        values[start + int(self._padding_ids[table]) - first] = 0
+                else:
+                    values = weights[table].detach()[first - start : last - start]
+                records[:, : self.embedding_dim] = values
+                cache.write_ids(first, records)
+
+    def init_(self, fn: Callable[[torch.Tensor], Any]) -> None:
+        """Initialises the weights: fn(values) is called on (n, D) tensors of consecutive ids, table after table, in place.
+
+        A table of up to 16 MiB of records comes in one call, a larger one in pieces of a multiple of 16 rows, so an
+        elementwise draw (uniform_, normal_) gives the numbers of one call over the whole. Optimizer state stays.
+        """
+        weight = self._cached_weight
+        weight.settle()
+        with plain_mode():
+            for start, rows in self._table_ranges():
+                self._cache.update_column("weight", start, start + rows, lambda values, first: fn(values))
+        weight.version += 1
+
+    def _table_ranges(self) -> list[tuple[int, int]]:
+        """(first id of the whole, rows) of each table."""
+        return list(zip(self._cache.table_starts.tolist(), self._cache.table_rows.tolist(), strict=True))
+
+    # ---- lookup -------------------------------------------------------------------------------------------------
+
+    def _lookup(self, batch: _Batch) -> torch.Tensor:
+        """(B, T, D): pooled rows, recorded by autograd where a gradient is wanted."""
+        weight = self._cached_weight
+        wants_graph = torch.is_grad_enabled() and (
+            weight.parameter.requires_grad or (batch.weights is not None and batch.weights.requires_grad)
+        )
+        with plain_mode():
+            weight.settle()
+            lookup = self._prepare(batch)
+        if not wants_graph:
+            try:
+                return _Pooling(self, lookup, batch.weights, None).forward()
+            finally:
+                self._cache.unpin(lookup.slot_of_unique)
+        token = weight.hold(lookup.slot_of_unique)
+        try:
+            return _PoolFunction.apply(
+                weight.parameter, batch.weights, _Pooling(self, lookup, batch.weights, token)
+            )
+        except BaseException:
+            weight.release(token)
+            raise
+
+    def _prepare(self, batch: _Batch) -> Lookup:
+        """Resident, pinned and, with max_norm, renormalised rows."""
+        cache = self._cache
+        if self.max_norm is None:
+            return cache.prepare(batch.values, batch.offsets, self._padding_ids)
+        # nn.EmbeddingBag renormalises every row of the input, the padding row too.
+        lookup = cache.prepare(batch.values, batch.offsets, self._no_padding)
+        changed = cache.kernels.renormalize(
+            cache.records, self.embedding_dim, lookup.slot_of_unique, self.max_norm, self.norm_type
+        )
+        cache.mark_dirty(lookup.slot_of_unique[changed])
+        self._cached_weight.version += int(changed.any())
+        return self._without_padding(lookup, batch)
+
+    def _without_padding(self, lookup: Lookup, batch: _Batch) -> Lookup:
+        bags_per_table = (batch.offsets.numel() - 1) // self._padding_ids.numel()
+        padding = torch.repeat_interleave(self._padding_ids.repeat_interleave(bags_per_table), batch.offsets.diff())
+        is_padding = batch.values == padding
+        if not is_padding.any():
+            return lookup
+        kept = torch.ones(lookup.slot_of_unique.numel(), dtype=torch.bool)
+        kept[lookup.unique_of_position[is_padding].long()] = False
+        self._cache.unpin(lookup.slot_of_unique[~kept])
+        number = torch.where(kept, kept.cumsum(0) - 1, -1).int()
+        return lookup._replace(
+            unique_of_position=number[lookup.unique_of_position.long()], slot_of_unique=lookup.slot_of_unique[kept]
+        )
+
+    def _checked_batch(
+        self,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        offsets_end: bool,
+        weights: torch.Tensor | None,
+    ) -> _Batch:
+        """The batch as int64 host tensors; `offsets_end`: the last offset is the end of the last bag."""
+        _check_integers("input", values)
+        _check_integers("offsets", offsets)
+        offsets = offsets.detach().to("cpu", torch.int64)
+        num_values = values.numel()
+        num_offsets = offsets.numel()
+        if offsets_end and num_offsets < 1:
+            raise ValueError("offsets has 0 entries: with include_last_offset it holds one more than there are bags")
+        if num_offsets == 0 and num_values:
+            raise ValueError(f"offsets has 0 entries for {num_values} ids: every id must stand in a bag")
+        if num_offsets and int(offsets[0]) != 0:
+            raise ValueError(f"offsets[0] is {int(offsets[0])}: the first bag must start at 0")
+        if not offsets_end:
+            offsets = torch.cat([offsets, offsets.new_tensor([num_values])])
+        lengths = offsets.diff()
+        if (lengths < 0).any():
+            number = int((lengths < 0).nonzero()[0, 0]) + 1
+            if number == num_offsets:  # the end that was appended
+                raise ValueError(f"offsets[{number - 1}] is {int(offsets[number - 1])}, past the end of {num_values} ids")
+            raise ValueError(
+                f"offsets[{number}] is {int(offsets[number])} after {int(offsets[number - 1])}: offsets must not decrease"
+            )
+        if int(offsets[-1]) != num_values:
+            where = "past the end of" if int(offsets[-1]) > num_values else "not the end of"
+            raise ValueError(f"offsets[{num_offsets - 1}] is {int(offsets[-1])}, {where} {num_values} ids")
+        if weights is not None:
+            if self.mode != "sum":
+                raise NotImplementedError(
+                    f"per_sample_weights with mode={self.mode!r}: they are supported for mode='sum' only"
+                )
+            if weights.shape != values.shape:
+                raise ValueError(
+                    f"per_sample_weights has shape {tuple(weights.shape)}, input {tuple(values.shape)}: they must agree"
+                )
+            if weights.dtype != self._cache.layout.dtype:
+                raise TypeError(
+                    f"per_sample_weights is {weights.dtype}, the table {self._cache.layout.dtype}: they must agree"
+                )
+            weights = weights.reshape(-1).contiguous()
+        values = values.detach().to("cpu", torch.int64).reshape(-1).contiguous()
+        return _Batch(values, offsets.contiguous(), weights)
+
+    def _prefetch(self, batch: _Batch) -> None:
+        with plain_mode():
+            self._cached_weight.settle()
+            padding_ids = self._padding_ids if self.max_norm is None else self._no_padding
+            self._cache.prefetch(batch.values, batch.offsets, padding_ids)
+
+    # ---- cache --------------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> CacheStats:
+        """What the cache did so far."""
+        return self._cache.stats
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that the cache holds at most, now; it may grow up to `weight.shape[0]`."""
+        return self._cache.num_slots
+
+    @property
+    def max_state_dict_bytes(self) -> int:
+        """The largest table, in bytes, that is handed out as one tensor (state_dict, logical_weight, deepcopy)."""
+        return self._cached_weight.max_state_dict_bytes
+
+    @max_state_dict_bytes.setter
+    def max_state_dict_bytes(self, num_bytes: int) -> None:
+        self._cached_weight.max_state_dict_bytes = num_bytes
+
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes by part.
+
+        cache: num_slots * row_bytes, weight and optimizer state. reserved: from there to the ceiling (on a CPU untouched
+        address space). index: all per-slot maps and marks. workspace: what grows with the largest batch. Parts on the host
+        that grow with the table have "host" in their name.
+        """
+        return self._cache.num_bytes()
+
+    def flush(self) -> None:
+        """Writes every dirty row back to the store; the cache stays warm."""
+        with plain_mode():
+            self._cached_weight.settle()
+            self._cache.flush()
+
+    def drop_optimizer_state(self) -> None:
+        """Removes the optimizer's columns from all rows, so that another kind of optimizer can be bound.
+
+        Raises:
+            RuntimeError: a graph or a gradient is alive and the number of slots would change.
+        """
+        self._cached_weight.drop_state()
+
+    # ---- nn.Module ----------------------------------------------------------------------------------------------
+
+    def _table_key(self, table: int) -> str:
+        """Name of a table's logical weight in state_dict."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        weight = self._cached_weight
+        weight.check_bytes(self._cache.num_rows * self.embedding_dim * self._cache.layout.dtype.itemsize, "state_dict()")
+        for table, (start, rows) in enumerate(self._table_ranges()):
+            destination[prefix + self._table_key(table)] = weight.logical("weight", start, start + rows)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        names = {}
+        for table, (start, rows) in enumerate(self._table_ranges()):
+            key = prefix + self._table_key(table)
+            names[key] = start
+            if key not in state_dict:
+                if strict:
+                    missing_keys.append(key)
+                continue
+            values = state_dict[key]
+            if tuple(values.shape) != (rows, self.embedding_dim):
+                error_msgs.append(
+                    f"size mismatch for {key}: found {tuple(values.shape)}, the table is {(rows, self.embedding_dim)}"
+                )
+        if error_msgs:
+            return
+        for key, start in names.items():
+            if key in state_dict:
+                self._cached_weight.set_logical("weight", state_dict[key].detach(), start)
+        if strict:
+            for key in state_dict:
+                if key.startswith(prefix) and key not in names and self._owns_key(key[len(prefix) :]):
+                    unexpected_keys.append(key)
+
+    def _owns_key(self, name: str) -> bool:
+        """Whether `name` (below the module's prefix) can only be meant for this module."""
+        return name.split(".")[0] not in self._modules
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """`.to()`, `.double()` and the like: only what leaves dtype and device alone."""
+        probe = torch.empty(0, dtype=self._cache.layout.dtype)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype:
+            raise TypeError(
+                f"a cached table cannot be cast from {probe.dtype} to {moved.dtype}: build it with dtype={moved.dtype}"
+            )
+        if moved.device != probe.device:
+            raise NotImplementedError(
+                f"a cached table cannot be moved to {moved.device}: a cache on an accelerator is planned, not built yet"
+            )
+        if moved.is_shared():
+            raise NotImplementedError("a cached table cannot be moved to shared memory: load its state_dict instead")
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "_CachedBags":
+        """A bag of its own over a copy of the table and its optimizer state; the copy has no optimizer bound."""
+        weight = self._cached_weight
+        weight.check_bytes(self._cache.num_rows * self._cache.layout.row_bytes, "deepcopy() of the table")
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        nn.Module.__init__(copy)
+        own = ("_cache", "_cached_weight", "_parameters", "_buffers", "_modules")
+        copy.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        with plain_mode():
+            weight.settle()
+            copy._cache = self._cache.clone()
+            copy._cached_weight = CachedWeight(copy._cache, weight.rule)
+            copy._cached_weight.max_state_dict_bytes = weight.max_state_dict_bytes
+        copy.weight = copy._cached_weight.parameter
+        copy.weight.requires_grad_(self.weight.requires_grad)
+        memo[id(self.weight)] = copy.weight
+        return copy
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        raise TypeError(f"{type(self).__name__} is not pickled: save state_dict(), which is the logical table")
+
+
+class FreqAwareEmbeddingBag(_CachedBags):
+    """nn.EmbeddingBag whose table has only its hot rows on the training device.
+
+    Outputs, gradients and trained weights are those of the uncached module. `weight` is the one Parameter: the cache
+    block (slots at the ceiling, D); the table itself is `logical_weight()` and `state_dict()["weight"]`.
+
+    Args:
+        num_embeddings: R, rows of the table. embedding_dim: D.
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, mode, include_last_offset: as in nn.EmbeddingBag;
+            `padding_idx` is an id.
+        sparse: accepted for compatibility; rows are trained sparsely in any case.
+        _weight: (R, D) initial weights in id order; copied.
+        device: None or "cpu". dtype: torch.float32 or float64; None: torch's default.
+        cache_ratio, num_slots, max_cache_bytes, warmup_ratio, evict_strategy, optimizer, store, kernels: FreqCacheConfig.
+        ids_freq_mapping: accesses of each id (R,), tensor, array, list or IdFrequency; None where unknown. The policy is
+            then "s3fifo" by default, else "dataset".
+
+    Raises:
+        ValueError, TypeError: an argument is not allowed; the message names it, its value and what is allowed.
+
+    Source: Fang et al. 2022 (arXiv:2208.05321).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = True,
+        _weight: torch.Tensor | None = None,
+        include_last_offset: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        cache_ratio: float | None = None,
+        num_slots: int | None = None,
+        max_cache_bytes: int | None = None,
+        ids_freq_mapping: Any = None,
+        warmup_ratio: float = 1.0,
+        evict_strategy: Any = None,
+        optimizer: str | None = None,
+        store: Any = "ram",
+        kernels: str = "auto",
+    ) -> None:
+        if _weight is not None and tuple(_weight.shape) != (num_embeddings, embedding_dim):
+            raise ValueError(
+                f"_weight has shape {tuple(_weight.shape)}; num_embeddings and embedding_dim say "
+                f"{(num_embeddings, embedding_dim)}"
+            )
+        super().__init__(
+            [num_embeddings],
+            embedding_dim,
+            [_padding_id("padding_idx", padding_idx, num_embeddings)],
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            mode=mode,
+            sparse=sparse,
+            weights=None if _weight is None else [_weight],
+            include_last_offset=include_last_offset,
+            device=device,
+            dtype=dtype,
+            ids_freq_mapping=ids_freq_mapping,
+            config=FreqCacheConfig(
+                cache_ratio=cache_ratio,
+                num_slots=num_slots,
+                max_cache_bytes=max_cache_bytes,
+                warmup_ratio=warmup_ratio,
+                evict_strategy=evict_strategy,
+                optimizer=optimizer,
+                store=store,
+                kernels=kernels,
+            ),
+        )
+        self.num_embeddings = num_embeddings
+        self.padding_idx = None if padding_idx is None else int(self._padding_ids[0])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: torch.Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = True,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **cache_options: Any,
+    ) -> "FreqAwareEmbeddingBag":
+        """A bag over a copy of `embeddings` (R, D), as nn.EmbeddingBag.from_pretrained; `freeze`: it is not trained."""
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings has {embeddings.dim()} dimensions: give a (rows, width) tensor")
+        bag = cls(
+            embeddings.shape[0],
+            embeddings.shape[1],
+            _weight=embeddings,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            mode=mode,
+            sparse=sparse,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+            **cache_options,
+        )
+        bag.weight.requires_grad_(not freeze)
+        return bag
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Pooled rows (B, D) of B bags.
+
+        Args:
+            input: ids, int32 or int64, any device: (B, n), or (N,) with `offsets`.
+            offsets: (B,) start of each bag in a 1-D input; (B+1,) with include_last_offset.
+            per_sample_weights: as `input` in shape, the table's dtype; mode "sum" only.
+
+        Raises:
+            ValueError, TypeError: bad ids, offsets or weights, before anything was changed.
+            CacheTooSmallError: the batch's rows and those still in use pass the ceiling; nothing was changed.
+        """
+        batch = self._batch(input, offsets, per_sample_weights)
+        return self._lookup(batch)[:, 0]
+
+    def prefetch(self, input: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
+        """Makes the rows of a later batch resident now, and keeps them so until the next forward that uses them.
+
+        Those of an earlier prefetch that no forward has used are given up. Takes what `forward` takes; a 1-D input needs
+        no offsets. A miss is counted here, and not again in the forward.
+        """
+        if offsets is None and input.dim() == 1:
+            offsets = torch.zeros(1 + self.include_last_offset, dtype=torch.int64)
+            offsets[1:] = input.numel()
+        self._prefetch(self._batch(input, offsets, None))
+
+    def logical_weight(self) -> torch.Tensor:
+        """The whole table (R, D) in id order, newest values; a copy."""
+        return self._cached_weight.logical("weight")
+
+    def _batch(
+        self, input: torch.Tensor, offsets: torch.Tensor | None, per_sample_weights: torch.Tensor | None
+    ) -> _Batch:
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("offsets must be None for a 2-D input: its rows are the bags")
+            starts = torch.arange(input.shape[0] + 1) * input.shape[1]
+            return self._checked_batch(input, starts, True, per_sample_weights)
+        if input.dim() != 1:
+            raise ValueError(f"input has {input.dim()} dimensions: give 1 (with offsets) or 2")
+        if offsets is None:
+            raise ValueError("offsets is None: a 1-D input needs the start of each bag")
+        if offsets.dim() != 1:
+            raise ValueError(f"offsets has {offsets.dim()} dimensions: give 1")
+        return self._checked_batch(input, offsets, self.include_last_offset, per_sample_weights)
+
+    def _table_key(self, table: int) -> str:
+        return "weight"
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}, num_slots={self.num_slots}"
+        return text if self.padding_idx is None else f"{text}, padding_idx={self.padding_idx}"
+
+
+class FreqAwareEmbeddingBagCollection(_CachedBags):
+    """T embedding tables of one width behind ONE cache and one byte budget: frequent rows win slots, whatever their table.
+
+    Args:
+        table_sizes: rows of each table. embedding_dim: D of all.
+        padding_idx: an id for every table, one per table (None for none), or None.
+        ids_freq_mapping: one vector (or IdFrequency) per table, or their concatenation (sum of rows,).
+        _weight: the tables' initial weights, one (rows, D) tensor per table.
+        The others as in FreqAwareEmbeddingBag.
+
+    Ids are local to their table. state_dict keys: tables.{i}.weight, as of an nn.ModuleList `tables` of nn.EmbeddingBag,
+    in whose order the initial weights are drawn, too.
+    """
+
+    def __init__(
+        self,
+        table_sizes: Sequence[int],
+        embedding_dim: int,
+        *,
+        padding_idx: int | Sequence[int | None] | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = True,
+        _weight: Sequence[torch.Tensor] | None = None,
+        include_last_offset: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        cache_ratio: float | None = None,
+        num_slots: int | None = None,
+        max_cache_bytes: int | None = None,
+        ids_freq_mapping: Any = None,
+        warmup_ratio: float = 1.0,
+        evict_strategy: Any = None,
+        optimizer: str | None = None,
+        store: Any = "ram",
+        kernels: str = "auto",
+    ) -> None:
+        table_sizes = list(table_sizes)
+        if not table_sizes:
+            raise ValueError("table_sizes is empty: give the rows of at least one table")
+        if padding_idx is None or isinstance(padding_idx, int):
+            padding_idx = [padding_idx] * len(table_sizes)
+        if len(padding_idx) != len(table_sizes):
+            raise ValueError(f"padding_idx has {len(padding_idx)} entries for {len(table_sizes)} tables")
+        if _weight is not None:
+            shapes = [tuple(weight.shape) for weight in _weight]
+            if shapes != [(rows, embedding_dim) for rows in table_sizes]:
+                raise ValueError(f"_weight has shapes {shapes} for tables of {table_sizes} rows of width {embedding_dim}")
+        super().__init__(
+            table_sizes,
+            embedding_dim,
+            [
+                _padding_id(f"padding_idx[{table}]", padding, rows)
+                for table, (padding, rows) in enumerate(zip(padding_idx, table_sizes, strict=True))
+            ],
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            mode=mode,
+            sparse=sparse,
+            weights=_weight,
+            include_last_offset=include_last_offset,
+            device=device,
+            dtype=dtype,
+            ids_freq_mapping=ids_freq_mapping,
+            config=FreqCacheConfig(
+                cache_ratio=cache_ratio,
+                num_slots=num_slots,
+                max_cache_bytes=max_cache_bytes,
+                warmup_ratio=warmup_ratio,
+                evict_strategy=evict_strategy,
+                optimizer=optimizer,
+                store=store,
+                kernels=kernels,
+            ),
+        )
+        self.table_sizes = table_sizes
+
+    @property
+    def num_tables(self) -> int:
+        """T."""
+        return len(self.table_sizes)
+
+    def forward(
+        self,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Pooled rows (B, T, D).
+
+        Args:
+            values: (N,) int32 or int64 ids, local to their table, table-major: all bags of table 0, then of table 1, …
+            offsets: (T*B,) start of each bag in `values`; (T*B+1,) with include_last_offset. As in a KeyedJaggedTensor.
+            per_sample_weights: (N,), the tables' dtype; mode "sum" only.
+
+        Raises:
+            As FreqAwareEmbeddingBag.forward.
+        """
+        return self._lookup(self._batch(values, offsets, per_sample_weights))
+
+    def prefetch(self, values: torch.Tensor, offsets: torch.Tensor) -> None:
+        """As FreqAwareEmbeddingBag.prefetch; `values` and `offsets` as in `forward`."""
+        self._prefetch(self._batch(values, offsets, None))
+
+    def logical_weight(self, table: int) -> torch.Tensor:
+        """Table `table` (rows, D) in id order, newest values; a copy."""
+        start, rows = self._table_ranges()[table]
+        return self._cached_weight.logical("weight", start, start + rows)
+
+    def _batch(
+        self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
+    ) -> _Batch:
+        if values.dim() != 1:
+            raise ValueError(f"values has {values.dim()} dimensions: give 1, the bags table after table")
+        if offsets is None or offsets.dim() != 1:
+            raise ValueError("offsets must be a 1-D tensor: the start of each bag, table after table")
+        num_bags = offsets.numel() - int(self.include_last_offset)
+        if num_bags % self.num_tables:
+            raise ValueError(
+                f"offsets gives {num_bags} bags for {self.num_tables} tables: every table needs the same number"
+                + (" (and one last entry, the end)" if self.include_last_offset else "")
+            )
+        return self._checked_batch(values, offsets, self.include_last_offset, per_sample_weights)
+
+    def _table_key(self, table: int) -> str:
+        return f"tables.{table}.weight"
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_tables} tables, {sum(self.table_sizes)} rows, {self.embedding_dim}, mode={self.mode!r}, "
+            f"num_slots={self.num_slots}"
+        )
+
+
+class _Pooling:
+    """One forward's arithmetic and its adjoint, over pinned rows."""
+
+    def __init__(
+        self, bags: _CachedBags, lookup: Lookup, weights: torch.Tensor | None, token: Token | None
+    ) -> None:
+        self.weight = bags._cached_weight
+        self.mode = bags.mode
+        self.scale_by_freq = bags.scale_grad_by_freq
+        self.lookup = lookup
+        self.weights = None if weights is None else weights.detach()
+        self.token = token
+        self.version = self.weight.version
+        self.chosen: torch.Tensor | None = None
+
+    def forward(self) -> torch.Tensor:
+        """(B, T, D)"""
+        lookup, cache = self.lookup, self.weight.cache
+        common = (cache.records, cache.layout.dim, lookup.slot_of_unique, lookup.unique_of_position, lookup.offsets)
+        if self.mode == "max":
+            out, self.chosen = cache.kernels.pool_max(*common, lookup.num_tables)
+            return out
+        return cache.kernels.pool(*common, self.weights, self.mode == "mean", lookup.num_tables)
+
+    def backward(self, grad: torch.Tensor, needs_rows: bool, needs_weights: bool):
+        """(sparse gradient of the block or None, gradient of per_sample_weights or None) from `grad` (B, T, D)."""
+        weight, cache = self.weight, self.weight.cache
+        weight.before_backward(self.token, needs_rows)
+        gradient = weights_gradient = None
+        with plain_mode():
+            if needs_weights:
+                weights_gradient = self._weights_gradient(grad)
+            if needs_rows:
+                # Sorted by slot, and summed per row in batch order before that: the sums do not depend on the slots.
+                slots, order = torch.sort(self.lookup.slot_of_unique)
+                place_of_unique = torch.empty(order.numel(), dtype=torch.int32)
+                place_of_unique[order] = torch.arange(order.numel(), dtype=torch.int32)
+                arguments = (grad, self.lookup.unique_of_position, self.lookup.offsets)
+                places = (place_of_unique, order.numel())
+                if self.mode == "max":
+                    values = cache.kernels.pool_max_backward(*arguments, self.chosen, *places)
+                else:
+                    mean = self.mode == "mean"
+                    values = cache.kernels.pool_backward(*arguments, self.weights, mean, self.scale_by_freq, *places)
+                gradient = weight.gradient(slots, values)
+        weight.after_backward(self.token)
+        return gradient, weights_gradient
+
+    def _weights_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        if self.version != self.weight.version:
+            raise RuntimeError(
+                "the gradient of per_sample_weights needs the rows as they were in the forward, and they were updated "
+                "since (by a step, a load or max_norm): run backward before that"
+            )
+        lookup, cache = self.lookup, self.weight.cache
+        return cache.kernels.weight_gradient(
+            grad, cache.records, cache.layout.dim, lookup.slot_of_unique, lookup.unique_of_position, lookup.offsets
+        )
+
+
+class _PoolFunction(torch.autograd.Function):
+    """Records a _Pooling as a function of the block and of per_sample_weights."""
+
+    @staticmethod
+    def forward(ctx, parameter: torch.Tensor, per_sample_weights: torch.Tensor | None, pooling: _Pooling):
+        ctx.pooling = pooling
+        out = pooling.forward()
+        pooling.weight.watch(ctx, pooling.token)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        return (*ctx.pooling.backward(grad, *ctx.needs_input_grad[:2]), None)
+
+
+def _check_integers(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} is {found}: give a tensor of torch.int32 or torch.int64")
+
+
+def _padding_id(name: str, padding_idx: int | None, rows: int) -> int:
+    """The id that is padding, -1 for none; negative ones count from the end, as in nn.EmbeddingBag."""
+    if padding_idx is None:
+        return -1
+    if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
+        raise ValueError(f"{name}={padding_idx!r} is outside the valid range {-rows}..{rows - 1}")
+    return padding_idx % rows

@@ -1,0 +1,94 @@
+"""Kernel sets: the arithmetic and the row moves of a cache step, behind one protocol. `make_kernels` chooses one.
+
+Every set takes and returns torch tensors. The torch set is the plain twin: slower, readable, compared with by value.
+Shapes: N positions of a batch, U unique rows, C slots, W record width, D embedding width, T tables, B bags a table.
+A *record* is a row of a (C, W) block: D weights, then the optimizer's state (RowLayout).
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+__all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "make_kernels"]
+
+KERNEL_SETS = ("cpu", "torch")
+
+
+class BatchPlan(NamedTuple):
+    """What a batch needs, before any map has changed. Unique rows are numbered by first occurrence in the batch.
+
+    unique_of_position: int32[N], which unique row stands at a position; -1 for padding.
+    slot_of_unique: int32[U], its slot; -1 where the row is not resident.
+    id_of_unique: int64[U], its id (over all tables).
+    counts: int64[T, 4]: looked-up positions, missed positions, unique misses, positions counted at a prefetch.
+    """
+
+    unique_of_position: torch.Tensor
+    slot_of_unique: torch.Tensor
+    id_of_unique: torch.Tensor
+    counts: torch.Tensor
+
+
+class Kernels(Protocol):
+    """The whole surface of a kernel set. All index arguments are tensors on the host of a CPU cache."""
+
+    name: str
+
+    def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots) -> BatchPlan | int:
+        """Looks a batch up. values int64[N] local ids, offsets int64[T*B+1]; an int is the first bad position."""
+
+    def add_pins(self, in_use, slots, delta) -> int:
+        """in_use[slots] += delta (slots unique); returns by how much the number of slots in use changed."""
+
+    def copy_rows(self, source, source_rows, target, target_rows) -> None:
+        """target[target_rows[i]] = source[source_rows[i]] for whole records."""
+
+    def pool(self, records, dim, slot_of_unique, unique_of_position, offsets, weights, mean, num_tables):
+        """out[b, t] = sum of w_i * row_i over bag t*B+b, divided by its positions when `mean`: (B, T, D)."""
+
+    def pool_max(self, records, dim, slot_of_unique, unique_of_position, offsets, num_tables):
+        """(elementwise maximum (B, T, D), the position it came from, int64[T*B, D], -1 where the bag is empty)."""
+
+    def pool_backward(self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places):
+        """values[place_of_unique[u]] = sum over u's positions, in batch order, of the adjoint of `pool`: (num_places, D)."""
+
+    def pool_max_backward(self, grad, unique_of_position, offsets, chosen, place_of_unique, num_places):
+        """The same for `pool_max`: each bag's gradient goes to the position that was chosen."""
+
+    def weight_gradient(self, grad, records, dim, slot_of_unique, unique_of_position, offsets):
+        """d loss / d per_sample_weights: dot(grad of the bag, row), (N,)."""
+
+    def renormalize(self, records, dim, slots, max_norm, norm_type) -> torch.Tensor:
+        """row *= max_norm / (norm + 1e-7) where the row's norm exceeds max_norm; returns which did, bool[n]."""
+
+    def update_sgd(self, records, dim, slots, grads, lr) -> None:
+        """w -= lr * g"""
+
+    def update_adagrad(self, records, dim, slots, grads, lr, eps) -> None:
+        """s += g * g; w -= lr * g / (sqrt(s) + eps)"""
+
+    def update_rowwise_adagrad(self, records, dim, slots, grads, lr, eps) -> None:
+        """s += mean(g * g); w -= lr / (sqrt(s) + eps) * g"""
+
+    def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size) -> None:
+        """m += (1-b1)(g-m); v += (1-b2)(g*g-v); w -= step_size * m / (sqrt(v) + eps)"""
+
+
+def make_kernels(name: str) -> Kernels:
+    """The kernel set called `name`: "cpu" (numba), "torch" (plain twin), "auto" (cpu).
+
+    Raises:
+        ValueError: unknown name; lists the sets that exist.
+        NotImplementedError: "cuda", which is planned.
+    """
+    if name in ("auto", "cpu"):
+        from .cpu import CpuKernels
+
+        return CpuKernels()
+    if name == "torch":
+        from .torch import TorchKernels
+
+        return TorchKernels()
+    if name == "cuda":
+        raise NotImplementedError('kernels="cuda" (Triton kernels) is planned, not built yet; use "cpu" or "torch"')
+    raise ValueError(f'kernels={name!r} is unknown: choose "auto" or one of {", ".join(map(repr, KERNEL_SETS))}')

@@ -1,0 +1,241 @@
+"""SGD, Adagrad, RowWiseAdagrad and Adam for models with cached tables: rows by row rule, dense parameters by torch's own.
+
+Each class is the torch optimizer of its name (constructor, param_groups, schedulers, zero_grad, closures) that treats the
+blocks of cached tables apart: their state is columns of the rows' records, so it moves with the row.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .block import CachedWeight, cached_weight_of, plain_mode
+from .row_rules import RowRule, make_rule
+from .step_hooks import blocks_of, make_state_dict_logical, next_step
+
+__all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "clip_grad_norm_", "to_sparse_adam"]
+
+
+class _RowOptimizer:
+    """Mixed into a torch optimizer: steps the blocks of cached tables by `rule_name`, and leaves the rest to torch."""
+
+    steps_rows = True
+    rule_name = ""
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        # torch's constructors may fill state of a parameter's shape: it sees an empty stand-in for each block.
+        stand_ins: dict[int, torch.Tensor] = {}
+        groups = [_with_stand_ins(group, stand_ins) for group in _as_groups(params)]
+        super().__init__(groups, *args, **kwargs)
+        for group in self.param_groups:
+            group["params"] = [stand_ins.get(id(parameter), parameter) for parameter in group["params"]]
+        for parameter in [parameter for parameter in self.state if id(parameter) in stand_ins]:
+            del self.state[parameter]
+        self.register_state_dict_post_hook(make_state_dict_logical)
+        blocks = list(blocks_of(self))
+        for group, _, weight in blocks:
+            weight.check_binding(self, self._rule(), group)
+        for group, parameter, weight in blocks:
+            if parameter.requires_grad:
+                self._bind(group, parameter, weight)
+
+    @classmethod
+    def _rule(cls) -> RowRule:
+        return make_rule(cls.rule_name)
+
+    def _bind(self, group: dict, parameter: torch.Tensor, weight: CachedWeight, keep_slots: bool = False) -> None:
+        weight.bind(self, self._rule(), group, keep_slots)
+        if self.rule_name in ("adagrad", "rowwise_adagrad"):  # torch's Adagrad has its state from the constructor on
+            self.state[parameter] = {"step": torch.tensor(0.0)}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; a cached table in it is bound to this optimizer."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            weight = cached_weight_of(parameter)
+            if weight is not None and parameter.requires_grad:
+                self._bind(group, parameter, weight)
+
+    def step(self, closure: Any = None) -> Any:
+        """One step over every parameter with a gradient; `closure` as in torch. Returns the closure's loss or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with_gradient = [block for block in blocks_of(self) if block[1].grad is not None]
+        for group, _, weight in with_gradient:
+            weight.check_binding(self, self._rule(), group)
+        try:
+            for group, parameter, weight in with_gradient:
+                if weight.owner is not self:
+                    self._bind(group, parameter, weight, keep_slots=True)
+                weight.step(group, next_step(self, parameter, weight.rule))
+                weight.stash_gradient()
+            self._step_dense()
+        finally:
+            for _, _, weight in with_gradient:
+                weight.restore_stash()
+        return loss
+
+    def _step_dense(self) -> None:
+        """torch's step of the class that this one extends, without the hooks that torch wraps around it (ours ran)."""
+        torch_class = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.optim"))
+        step = torch_class.step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        step(self)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads torch's form (tables: (R, width) tensors in id order), straight into the rows.
+
+        Raises:
+            ValueError: the state is not that of these parameters; nothing was changed.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        if len(numbers) != len(parameters):
+            raise ValueError(f"the state has {len(numbers)} parameters, this optimizer {len(parameters)}")
+        states = dict(state_dict["state"])
+        of_blocks = []
+        for number, parameter in zip(numbers, parameters, strict=True):
+            weight = cached_weight_of(parameter)
+            if weight is not None:
+                state = states.pop(number, {})
+                self._check_block_state(weight, state)
+                of_blocks.append((parameter, weight, state))
+        super().load_state_dict({**state_dict, "state": states})
+        groups = {id(parameter): group for group, parameter, _ in blocks_of(self)}
+        for parameter, weight, state in of_blocks:
+            if weight.owner is not self:
+                self._bind(groups[id(parameter)], parameter, weight)
+            names = weight.cache.layout.state_names()
+            if not any(name in state for name in names):
+                weight.reset_state()
+            for name in names:
+                if name in state:
+                    weight.set_logical(name, state[name].reshape(weight.cache.num_rows, -1))
+            if "step" in state:
+                self.state[parameter] = {"step": torch.as_tensor(state["step"], dtype=torch.float32).clone()}
+            elif self.rule_name in ("adagrad", "rowwise_adagrad"):
+                self.state[parameter] = {"step": torch.tensor(0.0)}
+
+    def _check_block_state(self, weight: CachedWeight, state: dict) -> None:
+        cache = weight.cache
+        for name, width, _ in self._rule().layout(cache.layout.dim, cache.layout.dtype, self.defaults).state:
+            shapes = [(cache.num_rows, width)] + [(cache.num_rows,)] * (width == 1)
+            if state and (name not in state or tuple(state[name].shape) not in shapes):
+                found = tuple(state[name].shape) if name in state else "missing"
+                raise ValueError(f"the state of a cached table needs {name!r} of shape {shapes[-1]}; found {found}")
+
+
+def _as_groups(params: Any) -> list[dict]:
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params is a tensor: give an iterable of parameters or of param_groups")
+    params = list(params)
+    return params if params and isinstance(params[0], dict) else [{"params": params}]
+
+
+def _with_stand_ins(group: dict, blocks: dict[int, torch.Tensor]) -> dict:
+    """`group` with an empty parameter in the place of each block; `blocks`: id of the empty one -> the block."""
+
+    def stand_in(entry: Any) -> Any:
+        if isinstance(entry, tuple):  # (name, parameter), from torch 2.6 on
+            return (entry[0], stand_in(entry[1]))
+        if not isinstance(entry, torch.Tensor) or cached_weight_of(entry) is None:
+            return entry
+        if any(entry is block for block in blocks.values()):
+            raise ValueError("a cached table appears more than once among the parameters")
+        empty = nn.Parameter(torch.empty(0))
+        blocks[id(empty)] = entry
+        return empty
+
+    params = group["params"]
+    return {**group, "params": [stand_in(entry) for entry in ([params] if isinstance(params, torch.Tensor) else params)]}
+
+
+class SGD(_RowOptimizer, torch.optim.SGD):
+    """torch.optim.SGD; rows of cached tables: w -= lr * g for rows with a gradient.
+
+    momentum and weight_decay are refused for a group that holds a cached table: torch's rules would move, at every step,
+    rows that have no gradient. Give dense parameters a group of their own.
+    """
+
+    rule_name = "sgd"
+
+
+class Adagrad(_RowOptimizer, torch.optim.Adagrad):
+    """torch.optim.Adagrad; rows of cached tables as it treats sparse gradients: s += g*g; w -= lr * g / (sqrt(s) + eps)."""
+
+    rule_name = "adagrad"
+
+
+class RowWiseAdagrad(_RowOptimizer, torch.optim.Adagrad):
+    """Adagrad with one sum per row: s += mean(g*g); w -= lr / (sqrt(s) + eps) * g. Dense parameters follow Adagrad.
+
+    state_dict(): `sum` of shape (R,) for a cached table. Source: FBGEMM's EXACT_ROWWISE_ADAGRAD.
+    """
+
+    rule_name = "rowwise_adagrad"
+
+
+class Adam(_RowOptimizer, torch.optim.Adam):
+    """torch.optim.Adam; rows of cached tables as torch.optim.SparseAdam treats them: only rows with a gradient move.
+
+    state_dict() has Adam's form, `load_state_dict` takes SparseAdam's too, and `to_sparse_adam` makes it.
+    """
+
+    rule_name = "adam"
+
+
+def to_sparse_adam(state_dict: dict) -> dict:
+    """A state_dict of `Adam` in the form of torch.optim.SparseAdam, for the tables alone: lr, betas, eps, maximize."""
+    groups = [
+        {key: group[key] for key in ("lr", "betas", "eps", "maximize", "params") if key in group}
+        for group in state_dict["param_groups"]
+    ]
+    states = {
+        number: {name: int(value) if name == "step" else value for name, value in state.items()}
+        for number, state in state_dict["state"].items()
+    }
+    return {"state": states, "param_groups": groups}
+
+
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> torch.Tensor:
+    """torch.nn.utils.clip_grad_norm_ for lists that mix dense parameters and cached tables; returns the total norm.
+
+    The norm of a table's gradient is taken in row order, so it does not depend on where rows sit.
+
+    Raises:
+        RuntimeError: the norm is nan or inf and `error_if_nonfinite`.
+    """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not parameters:
+        return torch.tensor(0.0)
+    with plain_mode():
+        norms = [torch.linalg.vector_norm(_values_in_row_order(parameter), norm_type) for parameter in parameters]
+        total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        if error_if_nonfinite and not torch.isfinite(total):
+            raise RuntimeError(f"the total norm of the gradients is {float(total)}: it cannot be clipped")
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for parameter in parameters:
+            grad = parameter.grad
+            (grad._values() if grad.is_sparse else grad).mul_(scale)
+    return total
+
+
+def _values_in_row_order(parameter: torch.Tensor) -> torch.Tensor:
+    grad = parameter.grad
+    if not grad.is_sparse:
+        return grad
+    weight = cached_weight_of(parameter)
+    if weight is None:
+        return grad.coalesce()._values()
+    return grad._values()[torch.argsort(weight.cache.slots.row_of_slot[grad._indices()[0]])]

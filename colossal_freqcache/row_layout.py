@@ -1,0 +1,54 @@
+"""RowLayout: what one record holds. Weight first, then the optimizer's state as named columns: [weight | state].
+
+A record moves as one piece between store and cache, so optimizer state travels with its row by construction. Stores and
+the kernels that move rows see only `width` elements of `dtype`.
+"""
+
+import dataclasses
+
+import torch
+
+__all__ = ["RowLayout"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """`dim` weight elements, then the state columns, all of one dtype.
+
+    Attributes:
+        dim: embedding width in elements.
+        dtype: torch.float32 or torch.float64.
+        state: (name, width in elements, initial value) of each state column, in order.
+    """
+
+    dim: int
+    dtype: torch.dtype
+    state: tuple[tuple[str, int, float], ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Elements of one record."""
+        return self.dim + sum(width for _, width, _ in self.state)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one record."""
+        return self.width * self.dtype.itemsize
+
+    def columns(self, name: str) -> slice:
+        """Where column `name` ("weight" or a state column) stands in a record."""
+        start = 0
+        for column, width, _ in (("weight", self.dim, 0.0), *self.state):
+            if column == name:
+                return slice(start, start + width)
+            start += width
+        raise KeyError(f"no column {name!r}: a record holds {['weight', *(column for column, _, _ in self.state)]}")
+
+    def state_names(self) -> list[str]:
+        """The names of the state columns, in order."""
+        return [name for name, _, _ in self.state]
+
+    def fill_state(self, records: torch.Tensor) -> None:
+        """Writes every state column's initial value into `records` (n, width)."""
+        for name, _, initial in self.state:
+            records[:, self.columns(name)] = initial

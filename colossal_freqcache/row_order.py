@@ -1,0 +1,45 @@
+"""RowOrder: which row of the table an id has. Row 0 belongs to the most frequent id of the data set; ties go by id.
+
+Host arrays only. The order is fixed when the table is built: the rows are stored in it, so weights and optimizer state
+stay with their ids. Shapes: R rows. Source: the static frequency order of Fang et al. 2022 (arXiv:2208.05321).
+"""
+
+import numpy as np
+
+__all__ = ["RowOrder"]
+
+
+class RowOrder:
+    """The bijection id <-> row over R rows; identity where no frequencies are known (then it holds no array).
+
+    Attributes:
+        row_of_id, id_of_row: int32[R] (int64 from 2**31 rows on), or None where row == id.
+    """
+
+    def __init__(self, num_rows: int, id_of_row: np.ndarray | None = None) -> None:
+        self.num_rows = num_rows
+        self.id_of_row = id_of_row
+        self.row_of_id = None
+        if id_of_row is not None:
+            self.row_of_id = np.empty_like(id_of_row)
+            self.row_of_id[id_of_row] = np.arange(num_rows, dtype=id_of_row.dtype)
+
+    @classmethod
+    def from_counts(cls, counts: np.ndarray | None, num_rows: int) -> "RowOrder":
+        """The order by descending `counts` (one per id, shape (R,)), ties by ascending id; None gives the identity."""
+        if counts is None:
+            return cls(num_rows)
+        dtype = np.int32 if num_rows < 2**31 else np.int64
+        return cls(num_rows, np.argsort(-np.asarray(counts), kind="stable").astype(dtype))
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """int64 rows of int64 `ids`."""
+        return ids if self.row_of_id is None else self.row_of_id[ids].astype(np.int64)
+
+    def ids(self, rows: np.ndarray) -> np.ndarray:
+        """int64 ids of int64 `rows`."""
+        return rows if self.id_of_row is None else self.id_of_row[rows].astype(np.int64)
+
+    def num_bytes(self) -> int:
+        """Host bytes of the two maps."""
+        return 0 if self.row_of_id is None else self.row_of_id.nbytes + self.id_of_row.nbytes

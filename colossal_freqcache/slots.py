@@ -1,0 +1,122 @@
+"""SlotTable: which row sits in which slot, what is dirty, what is in use. Every map change of the cache happens here.
+
+Knows nothing of stores, policies or values. Host arrays. Shapes: R rows (= ids) of all tables, C slots, n entries.
+The one array that grows with the table, slot_of_id, is on the host; it is zero where a row is absent, so that a fresh one
+is untouched zero pages. Source: MEASURED facts in docs/measured_facts.md (a map keyed by id halves the lookup).
+"""
+
+import numpy as np
+import torch
+
+__all__ = ["SlotTable"]
+
+FREE = -1
+
+
+class SlotTable:
+    """The maps between ids, rows and slots, and the marks of a slot.
+
+    Attributes (torch tensors over host memory):
+        slot_of_id: int32[R], slot + 1, 0 where the row is not resident.
+        id_of_slot, row_of_slot: int32[C] (int64 from 2**31 rows on), FREE where empty; one array where row == id.
+        dirty: uint8[C], the slot's record may differ from the store's.
+        pins: int32[C], how many holders need the slot's row to stay (forwards that run, tokens, prefetches).
+        prefetched: uint8[C], one of the pins is a prefetch's.
+        prepaid: uint8[C], a prefetch admitted the row and counted its misses, and no forward has used it yet.
+        unique_of_slot: int32[C], scratch of `Kernels.plan`.
+        num_slots, num_used, num_pinned: C, slots that hold a row, slots with pins > 0.
+    """
+
+    # I1  row_of_slot[s] == r and id_of_slot[s] == i  <=>  slot_of_id[i] == s + 1 and row_of_id[i] == r
+    # I2  dirty[s] or pins[s] > 0                      =>   row_of_slot[s] != FREE
+    # I3  the newest value of a row is in its slot if it has one, else in the store
+    # I4  prepaid[s] => prefetched[s] => pins[s] > 0
+
+    def __init__(self, num_slots: int, num_rows: int, rows_are_ids: bool) -> None:
+        self.num_rows = num_rows
+        self._rows_are_ids = rows_are_ids
+        self._number = np.int32 if num_rows < 2**31 else np.int64
+        self.slot_of_id = torch.from_numpy(np.zeros(num_rows, np.int32))
+        self.num_slots = self.num_used = self.num_pinned = 0
+        self._fresh = 0  # slots from here on were never used
+        self._returned = np.empty(0, np.int32)  # used once, free now
+        self.id_of_slot = self.row_of_slot = torch.from_numpy(np.empty(0, self._number))
+        self.dirty = self.prefetched = self.prepaid = torch.empty(0, dtype=torch.uint8)
+        self.pins = self.unique_of_slot = torch.empty(0, dtype=torch.int32)
+        self.grow(num_slots)
+
+    def grow(self, num_slots: int) -> None:
+        """Adds free slots up to `num_slots`; the others keep everything."""
+
+        def longer(old: torch.Tensor, fill: int) -> torch.Tensor:
+            new = torch.full((num_slots,), fill, dtype=old.dtype)
+            new[: old.numel()] = old
+            return new
+
+        self.id_of_slot = longer(self.id_of_slot, FREE)
+        self.row_of_slot = self.id_of_slot if self._rows_are_ids else longer(self.row_of_slot, FREE)
+        for name in ("dirty", "prefetched", "prepaid", "pins", "unique_of_slot"):
+            setattr(self, name, longer(getattr(self, name), 0))
+        self.num_slots = num_slots
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold no row."""
+        return self.num_slots - self.num_used
+
+    def take_free(self, count: int) -> np.ndarray:
+        """`count` free slots, int32[count], for rows that are about to be admitted. They stay free until `admit`."""
+        assert count <= self.num_free
+        reused = min(count, self._returned.size)
+        fresh = np.arange(self._fresh, self._fresh + count - reused, dtype=np.int32)
+        taken = np.concatenate([self._returned[self._returned.size - reused :], fresh])
+        self._returned = self._returned[: self._returned.size - reused]
+        self._fresh += fresh.size
+        return taken
+
+    def give_back(self, slots: np.ndarray) -> None:
+        """Undoes `take_free`."""
+        self._returned = np.concatenate([self._returned, slots])
+
+    def admit(self, ids: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+        """Row rows[i] of ids[i] now sits, clean, in the free slot slots[i]."""
+        self.id_of_slot.numpy()[slots] = ids
+        self.row_of_slot.numpy()[slots] = rows
+        self.slot_of_id.numpy()[ids] = slots + 1
+        self.num_used += slots.size
+
+    def evict(self, slots: np.ndarray) -> None:
+        """The rows in `slots` leave; the slots are free. The store must hold their newest values by now."""
+        assert not self.pins.numpy()[slots].any()
+        self.slot_of_id.numpy()[self.id_of_slot.numpy()[slots]] = 0
+        self.id_of_slot.numpy()[slots] = FREE
+        self.row_of_slot.numpy()[slots] = FREE
+        self.dirty.numpy()[slots] = 0
+        self.num_used -= slots.size
+        self._returned = np.concatenate([self._returned, slots])
+
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes per slot array ("index") and of the map over all rows ("host_slot_of_id")."""
+        arrays = [self.id_of_slot, self.dirty, self.prefetched, self.prepaid, self.pins, self.unique_of_slot]
+        if not self._rows_are_ids:
+            arrays.append(self.row_of_slot)
+        return {
+            "index": sum(array.nbytes for array in arrays),
+            "host_slot_of_id": self.slot_of_id.nbytes,
+        }
+
+    def check(self, row_of_id=None) -> None:
+        """Asserts I1, I2 and I4 and the counters. For tests: O(rows)."""
+        ids, rows = self.id_of_slot.numpy(), self.row_of_slot.numpy()
+        used = np.flatnonzero(ids != FREE)
+        assert np.array_equal(used, np.flatnonzero(rows != FREE))
+        assert np.array_equal(self.slot_of_id.numpy()[ids[used]], used + 1), "I1"
+        assert np.count_nonzero(self.slot_of_id.numpy()) == used.size == self.num_used, "I1: a row in two slots"
+        assert np.array_equal(ids[used] if row_of_id is None else row_of_id[ids[used]], rows[used]), "I1: rows"
+        free = ids == FREE
+        assert not self.dirty.numpy()[free].any() and not self.pins.numpy()[free].any(), "I2"
+        assert (self.pins.numpy() >= 0).all() and np.count_nonzero(self.pins.numpy()) == self.num_pinned
+        assert (self.prefetched.numpy() >= self.prepaid.numpy()).all(), "I4"
+        assert (self.pins.numpy() >= self.prefetched.numpy()).all(), "I4"
+        assert self._returned.size + self.num_slots - self._fresh == self.num_free
+        assert free[self._returned].all() and free[self._fresh :].all()

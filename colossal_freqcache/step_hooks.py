@@ -1,0 +1,151 @@
+"""What happens around every optimizer's step, whoever wrote the optimizer: two global torch hooks.
+
+torch.optim.SGD, Adagrad and SparseAdam are adapted: before their step our row rule is applied to the block with the
+group's hyper-parameters, and the gradient is hidden so that torch's arithmetic never reaches the block. Our own optimizers
+do that in their `step`. Any other optimizer that holds a block is refused: it would train slots, not rows.
+After any step of an optimizer that holds a block, the rows of its gradient may leave the cache.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .block import CachedWeight, cached_weight_of
+from .row_rules import RowRule, make_rule
+
+__all__ = ["blocks_of", "install_step_hooks", "make_state_dict_logical", "next_step"]
+
+ADAPTED = {torch.optim.SGD: "sgd", torch.optim.Adagrad: "adagrad", torch.optim.SparseAdam: "adam"}
+
+_REPLACEMENTS = {"SGD": "SGD", "Adagrad": "Adagrad", "Adam": "Adam", "AdamW": "Adam", "SparseAdam": "Adam"}
+
+_installed: list = []
+
+
+def install_step_hooks() -> None:
+    """Installs the two hooks, once in a process."""
+    if not _installed:
+        _installed.append(register_optimizer_step_pre_hook(_before_step))
+        _installed.append(register_optimizer_step_post_hook(_after_step))
+
+
+def blocks_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, torch.Tensor, CachedWeight]]:
+    """(param_group, parameter, its CachedWeight) of each cache block that the optimizer holds."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            weight = cached_weight_of(parameter)
+            if weight is not None:
+                yield group, parameter, weight
+
+
+def steps_rows(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of `colossal_freqcache.optim`."""
+    return getattr(type(optimizer), "steps_rows", False)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    blocks = list(blocks_of(optimizer))
+    if not blocks:
+        return None
+    for _, _, weight in blocks:
+        weight.restore_stash()
+    if steps_rows(optimizer):
+        return None
+    if type(optimizer) not in ADAPTED:
+        if not any(parameter.requires_grad for _, parameter, _ in blocks):
+            return None
+        name = type(optimizer).__name__
+        raise RuntimeError(
+            f"{name} holds the block of a cached table and has no exact row rule: it would train cache slots, whose rows "
+            f"change. Use colossal_freqcache.optim.{_REPLACEMENTS.get(name, 'SGD, Adagrad, RowWiseAdagrad or Adam')} "
+            f"(dense parameters are welcome there), or torch.optim.SGD, Adagrad or SparseAdam"
+        )
+    closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+    if closure is None:
+        _apply_rows(optimizer, blocks)
+        return None
+
+    def closure_then_rows() -> Any:  # torch calls the closure first; rows are stepped on its gradients
+        loss = closure()
+        _apply_rows(optimizer, blocks)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure_then_rows}
+    return (args[0], closure_then_rows, *args[2:]), kwargs
+
+
+def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch.Tensor, CachedWeight]]) -> None:
+    rule = make_rule(ADAPTED[type(optimizer)])
+    with_gradient = [(group, parameter, weight) for group, parameter, weight in blocks if parameter.grad is not None]
+    for group, parameter, weight in with_gradient:
+        weight.check_binding(optimizer, rule, group)
+        _check_foreign_state(optimizer.state[parameter], rule, weight)
+    for group, parameter, weight in with_gradient:
+        if weight.owner is not optimizer:
+            weight.bind(optimizer, rule, group, keep_slots=True)
+            optimizer.register_state_dict_post_hook(make_state_dict_logical)
+        _import_foreign_state(optimizer.state[parameter], weight)
+        weight.step(group, next_step(optimizer, parameter, rule))
+        weight.stash_gradient()
+
+
+def _check_foreign_state(state: dict, rule: RowRule, weight: CachedWeight) -> None:
+    shape = (weight.cache.num_rows, weight.cache.layout.dim)
+    for name, value in state.items():
+        if name != "step" and torch.is_tensor(value) and _steps(state) > 0 and tuple(value.shape) != shape:
+            raise ValueError(
+                f"the optimizer's {name!r} has shape {tuple(value.shape)}; the table's is {shape}: load a state that was "
+                f"saved for this table"
+            )
+
+
+def _import_foreign_state(state: dict, weight: CachedWeight) -> None:
+    """State tensors that torch made (constructor) or loaded leave the optimizer; loaded ones move into the records."""
+    for name in [name for name in state if name != "step"]:
+        value = state.pop(name)
+        if _steps(state) > 0 and name in weight.cache.layout.state_names():
+            weight.set_logical(name, value)
+
+
+def _steps(state: dict) -> float:
+    return float(state.get("step", 0))
+
+
+def next_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: RowRule) -> int:
+    """Counts a step of `parameter` in the optimizer's state, in torch's form for its class; returns its number from 1."""
+    if not rule.counts_steps:
+        return 1
+    state = optimizer.state[parameter]
+    if "step" not in state:
+        state["step"] = 0 if isinstance(optimizer, torch.optim.SparseAdam) else torch.tensor(0.0)
+    state["step"] += 1
+    return int(state["step"])
+
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    for _, _, weight in blocks_of(optimizer):
+        weight.after_step()
+
+
+def make_state_dict_logical(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """A state_dict post-hook: blocks' state as (R, width) tensors in id order, under torch's names."""
+    states = dict(state_dict["state"])
+    numbers = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            number = next(numbers)
+            weight = cached_weight_of(parameter)
+            if weight is None or number not in states or weight.owner is not optimizer:
+                continue
+            names = weight.cache.layout.state_names()
+            if any(name in states[number] for name in names):
+                continue  # loaded, and not stepped since
+            columns = {name: weight.logical(name) for name in names}
+            if weight.rule.name == "rowwise_adagrad":
+                columns["sum"] = columns["sum"][:, 0]
+            states[number] = {**states[number], **columns}
+    return {**state_dict, "state": states}

@@ -1,0 +1,45 @@
+"""Shared by all tests: hypothesis profile, the axes that equivalence tests run over, and small worlds that must evict."""
+
+import os
+import warnings
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# numba's first calls compile; nothing here needs more than the two threads that CI has.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+KERNEL_SETS = ("cpu", "torch")
+POLICIES = ("dataset", "lfu", "lru", "s3fifo")
+OPTIMIZERS = ("SGD", "Adagrad", "RowWiseAdagrad", "Adam")
+
+
+@pytest.fixture(params=KERNEL_SETS)
+def kernels(request) -> str:
+    """Each kernel set in turn."""
+    return request.param
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request) -> str:
+    """Each eviction policy in turn."""
+    return request.param
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def optimizer(request) -> str:
+    """The name of each of our optimizers in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def growth_is_an_error():
+    """A cache that grows in a test that did not mean it evicts less than the test believes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*it grows to.*")
+        yield
