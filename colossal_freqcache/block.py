@@ -136,9 +136,6 @@ class CachedWeight:
     def gradient(self, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The sparse gradient of the block: `slots` int32[U] ascending, `values` (U, D); flagged coalesced."""
         self.cache.mark_dirty(slots)
-        grad = self.parameter.grad
-        if grad is not None and grad.is_sparse and grad._nnz() == 0:
-            grad._coalesced_(True)  # zero_grad(set_to_none=False) may have dropped the flag; torch would then append
         return torch.sparse_coo_tensor(
             slots.long().unsqueeze(0), values, self.parameter.shape, is_coalesced=True, check_invariants=False
         )

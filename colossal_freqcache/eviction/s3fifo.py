@@ -203,5 +203,5 @@ class S3FifoPolicy:
         assert (self._uses <= MAX_USES).all()
 
     def num_bytes(self) -> dict[str, int]:
-        ghost = self._ghost_rows.nbytes + self._ghost_stamps.nbytes + self._ghost_turns.nbytes
-        return {"index": self._newer.nbytes + self._uses.nbytes, "ghost": ghost}
+        history = self._ghost_rows.nbytes + self._ghost_stamps.nbytes + self._ghost_turns.nbytes
+        return {"index": self._newer.nbytes + self._uses.nbytes, "history": history}  # "ghost" would read as "host"
