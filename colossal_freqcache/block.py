@@ -71,8 +71,10 @@ class CachedWeight:
         self.max_state_dict_bytes = 2 << 30
         self.parameter = nn.Parameter(cache.records[:, : cache.layout.dim])
         self.parameter._freqcache_weight = self
+        self.parameter.register_post_accumulate_grad_hook(self._flag_coalesced)
         self._dead: deque[Token] = deque()
         self._spent: list[Token] = []
+        self._adds_to_sorted = True  # `.grad` was absent or sorted when the last backward returned
         self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
         self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
         self._moves_at_step = 0
@@ -136,9 +138,19 @@ class CachedWeight:
     def gradient(self, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The sparse gradient of the block: `slots` int32[U] ascending, `values` (U, D); flagged coalesced."""
         self.cache.mark_dirty(slots)
+        grad = self.parameter.grad
+        self._adds_to_sorted = grad is None or grad.is_coalesced()
+        if not slots.numel():
+            # Accumulating into an empty sparse tensor resizes its storage, which torch forbids once numpy has seen it.
+            values = torch.empty_like(values)
         return torch.sparse_coo_tensor(
             slots.long().unsqueeze(0), values, self.parameter.shape, is_coalesced=True, check_invariants=False
         )
+
+    def _flag_coalesced(self, parameter: torch.Tensor) -> None:
+        """torch drops the flag where a first gradient becomes `.grad`; without it, later sums would not be merges."""
+        if self._adds_to_sorted and parameter.grad.is_sparse:
+            parameter.grad._coalesced_(True)
 
     def after_backward(self, token: Token) -> None:
         """From here on the token's slots stand in a gradient."""
@@ -241,6 +253,8 @@ class CachedWeight:
                 "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend on "
                 "where rows sit; scale it in place (grad.mul_) instead of adding sparse tensors to it"
             )
+        if not slots.numel():
+            return
         with plain_mode():
             values = grad._values().detach().contiguous()
             slots = slots.int()

@@ -42,7 +42,8 @@ def batch(generator, num_bags=BAGS, without=None):
     if without is not None:
         lengths[without] = 0
     values = [
-        (torch.rand(int(lengths[table].sum()), generator=generator) ** 2 * rows).long() for table, rows in enumerate(SIZES)
+        (torch.rand(int(lengths[table].sum()), generator=generator) ** 2 * rows).long()
+        for table, rows in enumerate(SIZES)
     ]
     lengths = lengths.reshape(-1)
     return torch.cat(values), lengths.cumsum(0) - lengths
@@ -75,7 +76,9 @@ class Tables(nn.Module):
 def train(module, batches, weights=None):
     """[outputs, weights' gradients, ..., tables] of SGD over the batches."""
     ours = isinstance(module, FreqAwareEmbeddingBagCollection)
-    optimizer = (make_optimizer if ours else lambda _, p, lr: torch.optim.SGD(p, lr=lr))("SGD", module.parameters(), lr=LR)
+    optimizer = (make_optimizer if ours else lambda _, p, lr: torch.optim.SGD(p, lr=lr))(
+        "SGD", module.parameters(), lr=LR
+    )
     dtype = next(module.parameters()).dtype
     results = []
     for number, (values, offsets) in enumerate(batches):
@@ -309,7 +312,9 @@ def test_the_table_in_use_takes_the_slots(policy):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(30):
-            values = torch.cat([torch.tensor([1]), torch.tensor([2]), torch.randint(0, 100, (20,), generator=generator)])
+            values = torch.cat(
+                [torch.tensor([1]), torch.tensor([2]), torch.randint(0, 100, (20,), generator=generator)]
+            )
             collection(values, torch.tensor([0, 1, 2]))
     assert collection.stats.evictions > 0
     taken = resident_per_table(collection)

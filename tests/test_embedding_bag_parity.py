@@ -313,7 +313,9 @@ def test_a_changed_offsets_buffer_does_not_change_the_gradient(kernels):
         assert "modified" in str(error)
         return
     trained = bag.weight.grad.coalesce()
-    values = {int(bag._cache.slots.id_of_slot[slot]): row.sum() for slot, row in zip(*trained_rows(trained), strict=True)}
+    values = {
+        int(bag._cache.slots.id_of_slot[slot]): row.sum() for slot, row in zip(*trained_rows(trained), strict=True)
+    }
     assert {number: float(value) for number, value in values.items() if value} == {0: DIM, 1: DIM}
 
 
@@ -596,7 +598,10 @@ def test_an_update_by_hand_after_a_write_back_survives_eviction(writer, kernels)
     [
         ({}, "Missing key"),
         ({"weight": torch.zeros(NUM_ROWS, DIM), "more": torch.zeros(1)}, "Unexpected key.*more"),
-        ({"weight": torch.zeros(NUM_ROWS + 1, DIM)}, rf"size mismatch.*\({NUM_ROWS + 1}, {DIM}\).*\({NUM_ROWS}, {DIM}\)"),
+        (
+            {"weight": torch.zeros(NUM_ROWS + 1, DIM)},
+            rf"size mismatch.*\({NUM_ROWS + 1}, {DIM}\).*\({NUM_ROWS}, {DIM}\)",
+        ),
     ],
     ids=["missing", "unexpected", "shape"],
 )

@@ -1,6 +1,6 @@
 """RowOrder: id <-> row is a bijection, the most frequent id first, ties by id.
 
-    python -m pytest tests/test_row_order.py
+python -m pytest tests/test_row_order.py
 """
 
 import numpy as np

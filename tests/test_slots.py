@@ -32,7 +32,9 @@ def admit(table, order, ids):
 
 @given(
     st.booleans(),
-    st.lists(st.tuples(st.sampled_from(["admit", "abort", "evict", "grow", "pin", "unpin", "dirty"]), st.integers(1, 12))),
+    st.lists(
+        st.tuples(st.sampled_from(["admit", "abort", "evict", "grow", "pin", "unpin", "dirty"]), st.integers(1, 12))
+    ),
     st.randoms(use_true_random=False),
 )
 def test_random_operations_against_a_dict(known, operations, random):

@@ -425,7 +425,6 @@ class CpuKernels:
 
     def pool_backward(self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places):
         grad = grad.contiguous()
-        # torch's own memory, not numpy's: accumulating into an empty sparse gradient resizes its storage.
         values = torch.empty(num_places, grad.shape[2], dtype=grad.dtype)
         positions = _NO_POSITIONS
         if scale_by_freq:
