@@ -239,9 +239,7 @@ class RowCache:
         if count <= 0:
             return
         slots = self.slots
-        index = _Index(
-            slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row
-        )
+        index = _Index(slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row)
         victims = self.policy.evict(count, index)
         try:
             self._write_back(victims[slots.dirty.numpy()[victims] != 0])

@@ -65,7 +65,9 @@ class _CachedBags(nn.Module):
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"max_norm={max_norm!r} is not allowed: a norm of at least 0, or None")
         if device is not None and torch.device(device).type != "cpu":
-            raise NotImplementedError(f"device={device!r}: a cache on an accelerator is planned, not built yet; use 'cpu'")
+            raise NotImplementedError(
+                f"device={device!r}: a cache on an accelerator is planned, not built yet; use 'cpu'"
+            )
         if dtype is None:
             dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
         if dtype not in (torch.float32, torch.float64):
@@ -143,9 +145,7 @@ class _CachedBags(nn.Module):
                 self._cache.unpin(lookup.slot_of_unique)
         token = weight.hold(lookup.slot_of_unique)
         try:
-            return _PoolFunction.apply(
-                weight.parameter, batch.weights, _Pooling(self, lookup, batch.weights, token)
-            )
+            return _PoolFunction.apply(weight.parameter, batch.weights, _Pooling(self, lookup, batch.weights, token))
         except BaseException:
             weight.release(token)
             raise
@@ -203,7 +203,9 @@ class _CachedBags(nn.Module):
         if (lengths < 0).any():
             number = int((lengths < 0).nonzero()[0, 0]) + 1
             if number == num_offsets:  # the end that was appended
-                raise ValueError(f"offsets[{number - 1}] is {int(offsets[number - 1])}, past the end of {num_values} ids")
+                raise ValueError(
+                    f"offsets[{number - 1}] is {int(offsets[number - 1])}, past the end of {num_values} ids"
+                )
             raise ValueError(
                 f"offsets[{number}] is {int(offsets[number])} after {int(offsets[number - 1])}: offsets must not decrease"
             )
@@ -285,7 +287,9 @@ class _CachedBags(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         weight = self._cached_weight
-        weight.check_bytes(self._cache.num_rows * self.embedding_dim * self._cache.layout.dtype.itemsize, "state_dict()")
+        weight.check_bytes(
+            self._cache.num_rows * self.embedding_dim * self._cache.layout.dtype.itemsize, "state_dict()"
+        )
         for table, (start, rows) in enumerate(self._table_ranges()):
             destination[prefix + self._table_key(table)] = weight.logical("weight", start, start + rows)
 
@@ -580,7 +584,9 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         if _weight is not None:
             shapes = [tuple(weight.shape) for weight in _weight]
             if shapes != [(rows, embedding_dim) for rows in table_sizes]:
-                raise ValueError(f"_weight has shapes {shapes} for tables of {table_sizes} rows of width {embedding_dim}")
+                raise ValueError(
+                    f"_weight has shapes {shapes} for tables of {table_sizes} rows of width {embedding_dim}"
+                )
         super().__init__(
             table_sizes,
             embedding_dim,
@@ -643,9 +649,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         start, rows = self._table_ranges()[table]
         return self._cached_weight.logical("weight", start, start + rows)
 
-    def _batch(
-        self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
-    ) -> _Batch:
+    def _batch(self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None) -> _Batch:
         if values.dim() != 1:
             raise ValueError(f"values has {values.dim()} dimensions: give 1, the bags table after table")
         if offsets is None or offsets.dim() != 1:
@@ -671,9 +675,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
 class _Pooling:
     """One forward's arithmetic and its adjoint, over pinned rows."""
 
-    def __init__(
-        self, bags: _CachedBags, lookup: Lookup, weights: torch.Tensor | None, token: Token | None
-    ) -> None:
+    def __init__(self, bags: _CachedBags, lookup: Lookup, weights: torch.Tensor | None, token: Token | None) -> None:
         self.weight = bags._cached_weight
         self.mode = bags.mode
         self.scale_by_freq = bags.scale_grad_by_freq

@@ -152,7 +152,10 @@ def _with_stand_ins(group: dict, blocks: dict[int, torch.Tensor]) -> dict:
         return empty
 
     params = group["params"]
-    return {**group, "params": [stand_in(entry) for entry in ([params] if isinstance(params, torch.Tensor) else params)]}
+    return {
+        **group,
+        "params": [stand_in(entry) for entry in ([params] if isinstance(params, torch.Tensor) else params)],
+    }
 
 
 class SGD(_RowOptimizer, torch.optim.SGD):

@@ -125,7 +125,6 @@ def next_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: R
     return int(state["step"])
 
 
-
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     for _, _, weight in blocks_of(optimizer):
         weight.after_step()

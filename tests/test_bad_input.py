@@ -192,6 +192,19 @@ def test_bad_batch_of_a_collection(name, kernels):
     assert_refused(collection, lambda: collection(*arguments), ValueError, *parts)
 
 
+def test_the_error_is_all_that_is_said():
+    """No warning of torch's about how the message was put together."""
+    collection = make_collection()
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="id 120"):
+            warnings.simplefilter("error")
+            collection(ids_of(0, 0, 0, 0, 120, 0), ids_of(0, 1, 2, 3, 4, 5))
+    finally:
+        torch.set_warn_always(always)
+
+
 def test_types_for_a_collection(kernels):
     collection = make_collection(kernels=kernels)
     for arguments, name in (((ids_of(1).float(), ids_of(0, 1, 1)), "float32"), (([1], ids_of(0, 1, 1)), "list")):
@@ -208,7 +221,7 @@ def too_small_bag(policy_name, kernels, **options):
 
 
 def test_a_batch_larger_than_the_ceiling(policy, kernels):
-    """31 rows into 30 slots: the numbers, what to do, nothing changed, and training goes on with the resident bag's bits."""
+    """31 rows into 30 slots: the numbers, what to do, nothing changed; training goes on as if resident."""
     results = []
     for small in (True, False):
         if small:
@@ -228,7 +241,7 @@ def test_a_batch_larger_than_the_ceiling(policy, kernels):
                     "smaller",
                 ]
                 too_many = torch.arange(100, 131).reshape(1, 31)
-                assert_refused(bag, lambda x=too_many: bag(x), CacheTooSmallError, *parts)
+                assert_refused(bag, lambda bag=bag, ids=too_many: bag(ids), CacheTooSmallError, *parts)
             loss_of(bag(ids)).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -251,7 +251,7 @@ def test_the_seed_draws_the_tables_one_after_another(padding, monkeypatch):
 
 
 def test_init_is_called_table_after_table():
-    """So DLRM's uniform(-1/sqrt(rows), 1/sqrt(rows)) can be drawn by the table's size; the draw is that of the tables."""
+    """So DLRM's uniform(-1/sqrt(rows), 1/sqrt(rows)) can be drawn by the table's size, as for single tables."""
     collection = make_collection(ids_freq_mapping=table_counts())
     shapes = []
 

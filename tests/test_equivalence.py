@@ -81,8 +81,15 @@ def train(forward, step_optimizer, scenario, steps, dtype):
 
 def run_ours(num_slots, policy, optimizer, kernels, scenario, steps=STEPS):
     """Trains a bag of ours; returns (outputs, table and state, stats, steps on which rows were evicted)."""
-    bag = make_bag(num_slots, evict_strategy=policy, kernels=kernels, ids_freq_mapping=counts(), warmup_ratio=0.5,
-                   max_cache_bytes=None if num_slots == NUM_ROWS else limit(num_slots, optimizer), optimizer=NAMES[optimizer])
+    bag = make_bag(
+        num_slots,
+        evict_strategy=policy,
+        kernels=kernels,
+        ids_freq_mapping=counts(),
+        warmup_ratio=0.5,
+        max_cache_bytes=None if num_slots == NUM_ROWS else limit(num_slots, optimizer),
+        optimizer=NAMES[optimizer],
+    )
     trained = make_optimizer(optimizer, bag.parameters())
     evicting_steps = 0
     evictions = 0
@@ -127,7 +134,9 @@ def test_cached_bits_are_resident_bits(policy, kernels, scenario):
     """Outputs, weights and Adagrad sums equal those of the resident table, whatever is evicted when."""
     outs, tensors, evicting_steps = run_ours(slots_for(scenario), policy, "Adagrad", kernels, scenario)
     assert evicting_steps > 0.8 * STEPS
-    assert_same_bits([outs, *tensors], [resident("Adagrad", kernels, scenario)[0], *resident("Adagrad", kernels, scenario)[1]])
+    assert_same_bits(
+        [outs, *tensors], [resident("Adagrad", kernels, scenario)[0], *resident("Adagrad", kernels, scenario)[1]]
+    )
 
 
 def test_cached_bits_for_every_optimizer(policy, kernels, optimizer):
@@ -196,7 +205,9 @@ def run_torch(optimizer, scenario, dtype):
 
 def error(tensors, exact):
     """Largest absolute difference over all tensors."""
-    return max((a.double() - b.double().reshape(a.shape)).abs().max().item() for a, b in zip(tensors, exact, strict=True))
+    return max(
+        (a.double() - b.double().reshape(a.shape)).abs().max().item() for a, b in zip(tensors, exact, strict=True)
+    )
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

@@ -31,7 +31,7 @@ def close(dtype, terms=8):
 class Batch:
     """A looked-up batch over a random block: T tables of B bags, `num_unique` rows in scattered slots.
 
-    records (C, W), slot_of_unique int32[U], unique_of_position int32[N] numbered by first occurrence, offsets int64[T*B+1].
+    records (C, W), slot_of_unique int32[U], unique_of_position int32[N] by first occurrence, offsets int64[T*B+1].
     """
 
     def __init__(self, name, dim, dtype, state=0, seed=0):
@@ -157,6 +157,19 @@ def test_pool_max(kernel_set, name, dim, dtype):
         assert torch.equal(chosen[bag], first)
 
 
+def test_pool_max_treats_nan_as_torch_does(kernel_set):
+    """The first value stands until a greater one comes: a nan in front stays, a later one is never greater."""
+    nan = float("nan")
+    records = torch.tensor([[nan, 1.0], [1.0, nan], [2.0, 0.0]])
+    for numbers in ([0, 1], [1, 0], [2, 0], [0, 2], [0], [2, 1, 0]):
+        expected = torch.nn.functional.embedding_bag(torch.tensor([numbers]), records, mode="max")
+        unique = torch.arange(len(numbers), dtype=torch.int32)
+        slots, offsets = torch.tensor(numbers, dtype=torch.int32), torch.tensor([0, len(numbers)])
+        out, chosen = kernel_set.pool_max(records, 2, slots, unique, offsets, 1)
+        assert torch.equal(out[:, 0].nan_to_num(-1), expected.nan_to_num(-1)), numbers
+        assert (chosen >= 0).all()
+
+
 @every_batch
 @every_dim
 @pytest.mark.parametrize("form", ["sum", "mean", "weighted", "scaled", "mean scaled", "weighted scaled"])
@@ -212,7 +225,7 @@ def test_weight_gradient(kernel_set, name, dim, dtype):
 
 @pytest.mark.parametrize("dim", [1, 7, 32])
 def test_sums_have_the_order_of_the_batch(kernel_set, dim):
-    """Bit for bit those of a float32 loop over the positions, forward and backward: magnitudes make the order matter."""
+    """Bit for bit those of a float32 loop over the positions, forward and backward; magnitudes make order matter."""
     generator = np.random.default_rng(0)
     rows = (generator.standard_normal((5, dim)) * 10.0 ** generator.integers(-4, 4, (5, 1))).astype(np.float32)
     numbers = np.concatenate([np.arange(5), generator.integers(0, 5, 40)])

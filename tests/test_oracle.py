@@ -183,6 +183,8 @@ def test_random_traces():
         warnings.filterwarnings("ignore", message=".*it grows to.*")  # traces grow the cache from 4 to 6 slots
         hypothesis.stateful.run_state_machine_as_test(
             CacheAgainstOracle,
-            settings=hypothesis.settings(max_examples=MAX_EXAMPLES, stateful_step_count=40, deadline=None, phases=PHASES),
+            settings=hypothesis.settings(
+                max_examples=MAX_EXAMPLES, stateful_step_count=40, deadline=None, phases=PHASES
+            ),
         )
     assert CacheAgainstOracle.evictions > 2 * MAX_EXAMPLES

@@ -180,7 +180,7 @@ def test_prefetch_in_inference_mode_and_then_training(kernels):
 
 
 def test_growth_warns_once_and_keeps_the_parameter(policy, kernels):
-    """5 slots, a ceiling of 20: batches of 8, then 20 rows; one warning in all, the same Parameter of the same shape."""
+    """5 slots, a ceiling of 20: batches of 8, then 20 rows; one warning in all, the same Parameter and shape."""
     bag = make_bag(5, evict_strategy=policy, kernels=kernels, ids_freq_mapping=counts())
     parameter, shape, address = bag.weight, bag.weight.shape, bag.weight.data_ptr()
     table = bag.logical_weight()

@@ -351,7 +351,7 @@ def test_a_failure_while_an_optimizer_is_bound_leaves_the_table(operation, kerne
 
 
 def test_a_failure_while_a_table_is_loaded_leaves_a_consistent_cache(kernels):
-    """The load is lost half way; each row is the old or the new one, the same whether it is resident or fetched again."""
+    """Lost half way; each row is the old or the new one, the same whether it is resident or fetched again."""
     bag = make_bag(25, store=FailingStore(), kernels=kernels, ids_freq_mapping=counts())
     train(bag, make_optimizer("SGD", bag.parameters()), steps=3)
     old, new = bag.logical_weight(), torch.randn(NUM_ROWS, 8)

@@ -49,7 +49,9 @@ class Kernels(Protocol):
     def pool_max(self, records, dim, slot_of_unique, unique_of_position, offsets, num_tables):
         """(elementwise maximum (B, T, D), the position it came from, int64[T*B, D], -1 where the bag is empty)."""
 
-    def pool_backward(self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places):
+    def pool_backward(
+        self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places
+    ):
         """values[place_of_unique[u]] = sum over u's positions, in batch order, of the adjoint of `pool`: (num_places, D)."""
 
     def pool_max_backward(self, grad, unique_of_position, offsets, chosen, place_of_unique, num_places):

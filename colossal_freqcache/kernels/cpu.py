@@ -191,7 +191,9 @@ def _count_positions(unique_of_position, num_unique):
 
 
 @njit(cache=True, nogil=True)
-def _pool_backward(grad, unique_of_position, offsets, weights, weighted, mean, positions, scaled, place_of_unique, values):
+def _pool_backward(
+    grad, unique_of_position, offsets, weights, weighted, mean, positions, scaled, place_of_unique, values
+):
     """A row is touched first where its number is the next one: numbers go by first occurrence, so nothing is cleared."""
     bags_per_table = grad.shape[0]
     dim = grad.shape[2]
@@ -423,7 +425,9 @@ class CpuKernels:
         )
         return torch.from_numpy(out), torch.from_numpy(chosen)
 
-    def pool_backward(self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places):
+    def pool_backward(
+        self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places
+    ):
         grad = grad.contiguous()
         values = torch.empty(num_places, grad.shape[2], dtype=grad.dtype)
         positions = _NO_POSITIONS

@@ -84,7 +84,9 @@ class TorchKernels:
         out[torch.bincount(bag, minlength=num_bags) == 0] = 0
         return _batch_major(out, num_tables), torch.where(chosen == none, -1, chosen)
 
-    def pool_backward(self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places):
+    def pool_backward(
+        self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places
+    ):
         bag, kept = _bag_of_position(offsets, unique_of_position)
         unique = unique_of_position[kept].long()
         rows = _table_major(grad)[bag]

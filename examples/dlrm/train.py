@@ -325,13 +325,12 @@ def report_cache(embedding: nn.Module, data: ClickData, stats: dict[str, Any]) -
         f"{stats['rows_written_back']:,} rows back ({stats['bytes_written_back'] / 2**20:,.1f} MiB), "
         f"{stats['evictions']:,} evictions"
     )
-    hits, misses = stats.get("hits_per_table"), stats.get("misses_per_table")
-    if hits is not None:
-        big = sorted(range(len(hits)), key=lambda table: -data.table_sizes[table])[:5]
-        shares = (f"{data.table_names[t]} {hits[t] / max(1, hits[t] + misses[t]):.4f}" for t in big)
-        print(f"hit ratio of the biggest tables: {', '.join(shares)}")
+    biggest = sorted(range(len(data.table_sizes)), key=lambda table: -data.table_sizes[table])[:5]
+    shares = (f"{data.table_names[table]} {stats['hit_ratio_per_table'][table]:.4f}" for table in biggest)
+    print(f"hit ratio of the biggest tables: {', '.join(shares)}")
     print("device bytes: " + ", ".join(f"{name} {size:,}" for name, size in embedding.device_bytes().items()))
-    return dict(stats, num_slots=embedding.num_slots, num_rows=num_rows)
+    by_name = dict(zip(data.table_names, stats["hit_ratio_per_table"], strict=True))
+    return dict(stats, hit_ratio_per_table=by_name, num_slots=embedding.num_slots, num_rows=num_rows)
 
 
 def snapshot(stats: Any) -> dict[str, Any]:
@@ -339,9 +338,8 @@ def snapshot(stats: Any) -> dict[str, Any]:
     names = ("hits", "misses", "misses_unique", "evictions", "rows_fetched", "rows_written_back", "bytes_fetched")
     taken: dict[str, Any] = {name: int(getattr(stats, name)) for name in (*names, "bytes_written_back")}
     taken["hit_ratio"] = float(stats.hit_ratio)
-    for name in ("hits_per_table", "misses_per_table"):
-        if hasattr(stats, name):
-            taken[name] = [int(count) for count in getattr(stats, name)]
+    looked_up = stats.hits_per_table + stats.misses_per_table
+    taken["hit_ratio_per_table"] = (stats.hits_per_table / np.maximum(looked_up, 1)).round(6).tolist()
     return taken
 
 
@@ -395,6 +393,10 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
         baseline_logloss=log_loss(one_feature[baseline_name], labels) if baseline_name else None,
         held_out_samples=len(labels),
         uncached=arguments.uncached,
+        config=arguments.config.name,
+        seed=settings["SEED"],
+        threads=settings["THREADS"],
+        torch=torch.__version__,
         steps=speed["steps"],
         train_seconds=speed["seconds"],
     )
