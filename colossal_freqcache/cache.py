@@ -84,6 +84,7 @@ class RowCache:
         self.layout = layout
         self.moves = 0
         self.store = make_store(config.store, self.kernels)
+        config.check_slots_fit(self.num_rows, layout.row_bytes)
         num_slots, ceiling = config.size_in_slots(self.num_rows, layout.row_bytes)
         self._warned_of_growth = False
         self.store.allocate(self.num_rows, layout)
@@ -109,39 +110,56 @@ class RowCache:
 
     # ---- a batch ------------------------------------------------------------------------------------------------
 
-    def prepare(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> Lookup:
+    def prepare(
+        self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, counted: bool = True
+    ) -> Lookup:
         """Makes every row of a batch resident and pins each once; the caller unpins `slot_of_unique`.
 
         Args:
             values: int64[N] ids local to their table, table-major. offsets: int64[T*B+1], from 0 to N, not decreasing.
             padding_ids: int64[T], positions of this local id are left out; -1 for none.
+            counted: whether hits and misses are.
 
         Raises:
             ValueError: an id is outside its table. CacheTooSmallError: the rows do not fit. Nothing was changed.
         """
         plan = self._plan(values, offsets, padding_ids)
         slot_of_unique = self._admit(plan)
-        self._unpin_prefetched(slot_of_unique)
-        self._count(plan.counts, prefetching=False)
+        self._unpin_prefetched(slot_of_unique.numpy())
+        if counted:
+            self._count(plan.counts, prefetching=False)
         return Lookup(plan.unique_of_position, slot_of_unique, offsets, self.table_rows.numel())
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
         """Makes a later batch's rows resident now, pinned until `prepare` uses them or the next `prefetch`.
 
-        The previous prefetch's rows are given up even if this one raises.
+        Raises as `prepare`; then the previous prefetch stays as it was.
         """
-        self.end_prefetch()
         plan = self._plan(values, offsets, padding_ids)
-        slots = self._admit(plan).numpy()
-        self._prefetched = slots
-        self.slots.prefetched.numpy()[slots] = 1
-        self.slots.prepaid.numpy()[slots[plan.slot_of_unique.numpy() < 0]] = 1
+        planned = plan.slot_of_unique.numpy()
+        newly_paid = planned < 0
+        newly_paid[~newly_paid] = self.slots.marked(SlotTable.PREPAID, planned[~newly_paid])
+        held = self._prefetched[self.slots.marked(SlotTable.PREFETCHED, self._prefetched)]
+        paid = held[self.slots.marked(SlotTable.PREPAID, held)]
+        self.end_prefetch()
+        try:
+            slots = self._admit(plan).numpy()
+        except CacheTooSmallError:
+            self.slots.num_pinned += self.kernels.add_pins(self.slots.pins, torch.from_numpy(held), 1)
+            self._hold_for_prefetch(held, paid)
+            raise
+        self._hold_for_prefetch(slots, slots[newly_paid])
         self._count(plan.counts, prefetching=True)
+
+    def _hold_for_prefetch(self, slots: np.ndarray, paid: np.ndarray) -> None:
+        """One pin of each of `slots` is the prefetch's from here on; the misses of `paid` were counted."""
+        self._prefetched = slots
+        self.slots.mark(slots, SlotTable.PREFETCHED)
+        self.slots.mark(paid, SlotTable.PREPAID)
 
     def end_prefetch(self) -> None:
         """Unpins what is still held for the last prefetch."""
-        held = self._prefetched[self.slots.prefetched.numpy()[self._prefetched] == 1]
-        self._unpin_prefetched(torch.from_numpy(held))
+        self._unpin_prefetched(self._prefetched)
         self._prefetched = np.empty(0, np.int32)
 
     def unpin(self, slots: torch.Tensor) -> None:
@@ -150,7 +168,7 @@ class RowCache:
 
     def mark_dirty(self, slots: torch.Tensor) -> None:
         """The records in `slots` are about to differ from the store's."""
-        self.slots.dirty.numpy()[slots.numpy()] = 1
+        self.slots.mark(slots.numpy(), SlotTable.DIRTY)
 
     def _plan(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> BatchPlan:
         plan = self.kernels.plan(values, offsets, self.table_rows, self.table_starts, padding_ids, self.slots)
@@ -159,7 +177,7 @@ class RowCache:
         position = plan
         num_tables = self.table_rows.numel()
         bags_per_table = (offsets.numel() - 1) // num_tables
-        table = int(torch.searchsorted(offsets[::bags_per_table], position, right=True)) - 1
+        table = int(torch.searchsorted(offsets[::bags_per_table].contiguous(), position, right=True)) - 1
         where = f" of table {table}" if num_tables > 1 else ""
         raise ValueError(
             f"id {int(values[position])} at position {position} is outside the valid range{where}: "
@@ -216,8 +234,7 @@ class RowCache:
                 f"{needed} rows have to be resident at once ({num_missing} to fetch beside {pinned} in use by this batch, "
                 f"by graphs that wait for their backward or step, or by a prefetch), and the cache may hold "
                 f"{self.ceiling} ({self.ceiling * self.layout.row_bytes} bytes of {self.layout.row_bytes} a row). "
-                f"Raise max_cache_bytes to at least {needed * self.layout.row_bytes} (or cache_ratio to "
-                f"{needed / self.num_rows:.4f}, or num_slots to {needed}), or make the batch smaller, or step sooner"
+                f"{self.config.advice(needed, self.layout.row_bytes)}, or make the batch smaller, or step sooner"
             )
         self.grow(min(self.ceiling, max(needed, self.num_slots + self.num_slots // 2)))
 
@@ -242,7 +259,7 @@ class RowCache:
         index = _Index(slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row)
         victims = self.policy.evict(count, index)
         try:
-            self._write_back(victims[slots.dirty.numpy()[victims] != 0])
+            self._write_back(victims[slots.marked(SlotTable.DIRTY, victims)])
         except BaseException:
             self.policy.admit(victims, slots.row_of_slot.numpy()[victims].astype(np.int64))
             raise
@@ -254,19 +271,19 @@ class RowCache:
             return
         rows = self.slots.row_of_slot.numpy()[dirty].astype(np.int64)
         self.store.write(torch.from_numpy(rows), self.records, torch.from_numpy(dirty))
-        self.slots.dirty.numpy()[dirty] = 0
+        self._mark_clean(dirty)
         self.stats.rows_written_back += dirty.size
         self.stats.bytes_written_back += dirty.size * self.layout.row_bytes
 
-    def _unpin_prefetched(self, slots: torch.Tensor) -> None:
+    def _mark_clean(self, slots: np.ndarray) -> None:
+        """The store has the records in `slots`. One that is pinned stays dirty: its gradient may yet be used, by hand."""
+        self.slots.unmark(slots[self.slots.pins.numpy()[slots] == 0], SlotTable.DIRTY)
+
+    def _unpin_prefetched(self, slots: np.ndarray) -> None:
         """Of `slots`, those that a prefetch holds lose that pin; they count as used from here on."""
-        if not self._prefetched.size:
-            return
-        prefetched = self.slots.prefetched.numpy()
-        held = slots.numpy()[prefetched[slots.numpy()] == 1]
-        if held.size:
-            prefetched[held] = 0
-            self.slots.prepaid.numpy()[held] = 0
+        if self._prefetched.size:
+            held = slots[self.slots.marked(SlotTable.PREFETCHED, slots)]
+            self.slots.unmark(held, SlotTable.PREFETCHED | SlotTable.PREPAID)
             self.unpin(torch.from_numpy(held))
 
     def _count(self, counts: torch.Tensor, prefetching: bool) -> None:
@@ -278,7 +295,7 @@ class RowCache:
 
     def flush(self) -> None:
         """Writes every dirty row back; the rows stay resident. O(slots)."""
-        self._write_back(np.flatnonzero(self.slots.dirty.numpy()).astype(np.int32))
+        self._write_back(np.flatnonzero(self.slots.marked(SlotTable.DIRTY)).astype(np.int32))
 
     def warm_up(self) -> None:
         """Fills free slots with the most frequent rows: warmup_ratio of the slots if the ids' counts are known.
@@ -324,14 +341,16 @@ class RowCache:
         return records
 
     def write_ids(self, start: int, records: torch.Tensor) -> None:
-        """Sets the records of ids start.. to `records` (n, W), in the store and, where resident, in the cache."""
+        """Sets the records of ids start.. to `records` (n, W), in the cache where resident, and in the store."""
         stop = start + records.shape[0]
         ids = np.arange(start, stop, dtype=np.int64)
-        self.store.write(torch.from_numpy(self.order.rows(ids)), records, torch.arange(stop - start))
         slots = self.slots.slot_of_id[start:stop] - 1
         resident = (slots >= 0).nonzero()[:, 0]
-        self.kernels.copy_rows(records, resident, self.records, slots[resident])
-        self.slots.dirty[slots[resident].long()] = 0
+        slots = slots[resident]
+        self.slots.mark(slots.numpy(), SlotTable.DIRTY)  # until the store has them: its write may raise
+        self.kernels.copy_rows(records, resident, self.records, slots)
+        self.store.write(torch.from_numpy(self.order.rows(ids)), records, torch.arange(stop - start))
+        self._mark_clean(slots.numpy())
 
     def update_column(self, name: str, start: int, stop: int, fill: Callable[[torch.Tensor, int], None]) -> None:
         """Calls fill(values, first id) on column `name` of consecutive chunks of ids start..stop-1, in place."""
@@ -425,7 +444,7 @@ class RowCache:
         """Asserts every invariant, I3 by value. For tests: O(rows)."""
         self.slots.check(self.order.row_of_id)
         self.policy.check(self.slots.row_of_slot.numpy())
-        clean = (self.slots.dirty == 0) & (self.slots.id_of_slot >= 0)
+        clean = ~torch.from_numpy(self.slots.marked(SlotTable.DIRTY)) & (self.slots.id_of_slot >= 0)
         slots = clean.nonzero()[:, 0]
         stored = torch.empty(slots.numel(), self.layout.width, dtype=self.layout.dtype)
         self.store.read(self.slots.row_of_slot[slots].long(), stored, torch.arange(slots.numel()))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 __all__ = ["DEFAULT_CACHE_RATIO", "FreqCacheConfig"]
@@ -24,11 +25,11 @@ def _refuse(field: str, value: Any, allowed: str) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +87,20 @@ class FreqCacheConfig:
     def size_in_slots(self, num_rows: int, row_bytes: int) -> tuple[int, int]:
         """(initial slots, ceiling in slots) for a table of `num_rows` rows of `row_bytes` bytes; both in 1..num_rows.
 
+        `max_cache_bytes` caps the initial slots as well.
+
         Raises:
-            ValueError: `max_cache_bytes` does not hold one row, or not the slots that were asked for.
+            ValueError: `max_cache_bytes` does not hold one row.
         """
         limit = None
         if self.max_cache_bytes is not None:
-            limit = self.max_cache_bytes // row_bytes
+            limit = int(self.max_cache_bytes) // row_bytes
             if limit < 1:
                 raise ValueError(
                     f"max_cache_bytes={self.max_cache_bytes} holds no row of {row_bytes} bytes: give at least {row_bytes}"
                 )
         if self.num_slots is not None:
-            wanted = self.num_slots
+            wanted = int(self.num_slots)
         elif self.cache_ratio is None and limit is not None:
             wanted = limit
         else:
@@ -107,3 +110,19 @@ class FreqCacheConfig:
             return wanted, min(num_rows, DEFAULT_GROWTH * wanted)
         ceiling = min(num_rows, limit)
         return min(wanted, ceiling), ceiling
+
+    def check_slots_fit(self, num_rows: int, row_bytes: int) -> None:
+        """Raises ValueError where `max_cache_bytes` does not hold the `num_slots` that were asked for by number."""
+        if self.num_slots is not None and self.max_cache_bytes is not None:
+            held = self.max_cache_bytes // row_bytes
+            if held < min(self.num_slots, num_rows):
+                raise ValueError(
+                    f"num_slots={self.num_slots} rows of {row_bytes} bytes pass max_cache_bytes={self.max_cache_bytes}, "
+                    f"which holds {held}: lower the one, or raise the other to {self.num_slots * row_bytes}"
+                )
+
+    def advice(self, needed_slots: int, row_bytes: int) -> str:
+        """What to change so that `needed_slots` rows of `row_bytes` bytes fit."""
+        if self.max_cache_bytes is not None:
+            return f"Raise max_cache_bytes to at least {needed_slots * row_bytes}"
+        return f"Set num_slots to {needed_slots}, or the ceiling max_cache_bytes to at least {needed_slots * row_bytes}"

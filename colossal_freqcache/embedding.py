@@ -5,6 +5,7 @@ Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weigh
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +57,9 @@ class _CachedBags(nn.Module):
     ) -> None:
         super().__init__()
         for number, rows in enumerate(table_sizes):
-            if not isinstance(rows, int) or rows < 1:
+            if not isinstance(rows, Integral) or rows < 1:
                 raise ValueError(f"table {number} has {rows!r} rows: give an int of at least 1")
-        if not isinstance(embedding_dim, int) or embedding_dim < 1:
+        if not isinstance(embedding_dim, Integral) or embedding_dim < 1:
             raise ValueError(f"embedding_dim={embedding_dim!r} is not allowed: an int of at least 1")
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(map(repr, MODES))}")
@@ -72,7 +73,8 @@ class _CachedBags(nn.Module):
             dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={dtype} is not allowed: torch.float32 or torch.float64 (others are planned)")
-        self.embedding_dim = embedding_dim
+        table_sizes = [int(rows) for rows in table_sizes]
+        self.embedding_dim = embedding_dim = int(embedding_dim)
         self.max_norm = max_norm
         self.norm_type = float(norm_type)
         self.scale_grad_by_freq = scale_grad_by_freq
@@ -140,43 +142,47 @@ class _CachedBags(nn.Module):
             lookup = self._prepare(batch)
         if not wants_graph:
             try:
-                return _Pooling(self, lookup, batch.weights, None).forward()
+                return _Pooling(self, lookup, None).forward(batch.weights)
             finally:
                 self._cache.unpin(lookup.slot_of_unique)
         token = weight.hold(lookup.slot_of_unique)
         try:
-            return _PoolFunction.apply(weight.parameter, batch.weights, _Pooling(self, lookup, batch.weights, token))
+            return _PoolFunction.apply(weight.parameter, batch.weights, _Pooling(self, lookup, token))
         except BaseException:
             weight.release(token)
             raise
 
     def _prepare(self, batch: _Batch) -> Lookup:
         """Resident, pinned and, with max_norm, renormalised rows."""
-        cache = self._cache
-        if self.max_norm is None:
-            return cache.prepare(batch.values, batch.offsets, self._padding_ids)
-        # nn.EmbeddingBag renormalises every row of the input, the padding row too.
-        lookup = cache.prepare(batch.values, batch.offsets, self._no_padding)
-        changed = cache.kernels.renormalize(
-            cache.records, self.embedding_dim, lookup.slot_of_unique, self.max_norm, self.norm_type
-        )
-        cache.mark_dirty(lookup.slot_of_unique[changed])
-        self._cached_weight.version += int(changed.any())
-        return self._without_padding(lookup, batch)
+        lookup = self._cache.prepare(batch.values, batch.offsets, self._padding_ids)
+        if self.max_norm is not None:
+            try:
+                self._renormalize(lookup.slot_of_unique)
+                padding = self._padding_in(batch)
+                if padding is not None:  # nn.EmbeddingBag renormalises every row of the input, padding too
+                    looked_up = self._cache.prepare(*padding, self._no_padding, counted=False)
+                    self._renormalize(looked_up.slot_of_unique)
+                    self._cache.unpin(looked_up.slot_of_unique)
+            except BaseException:
+                self._cache.unpin(lookup.slot_of_unique)
+                raise
+        return lookup
 
-    def _without_padding(self, lookup: Lookup, batch: _Batch) -> Lookup:
-        bags_per_table = (batch.offsets.numel() - 1) // self._padding_ids.numel()
-        padding = torch.repeat_interleave(self._padding_ids.repeat_interleave(bags_per_table), batch.offsets.diff())
-        is_padding = batch.values == padding
-        if not is_padding.any():
-            return lookup
-        kept = torch.ones(lookup.slot_of_unique.numel(), dtype=torch.bool)
-        kept[lookup.unique_of_position[is_padding].long()] = False
-        self._cache.unpin(lookup.slot_of_unique[~kept])
-        number = torch.where(kept, kept.cumsum(0) - 1, -1).int()
-        return lookup._replace(
-            unique_of_position=number[lookup.unique_of_position.long()], slot_of_unique=lookup.slot_of_unique[kept]
-        )
+    def _renormalize(self, slots: torch.Tensor) -> None:
+        cache = self._cache
+        cache.mark_dirty(slots)
+        changed = cache.kernels.renormalize(cache.records, self.embedding_dim, slots, self.max_norm, self.norm_type)
+        self._cached_weight.version += int(changed.any())
+
+    def _padding_in(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(values, offsets) of a batch that has, in one bag per table, the padding id where `batch` has it; or None."""
+        if (self._padding_ids < 0).all() or not batch.values.numel():
+            return None
+        num_tables = self._padding_ids.numel()
+        ends = batch.offsets[:: (batch.offsets.numel() - 1) // num_tables]
+        table = torch.repeat_interleave(torch.arange(num_tables), ends.diff())
+        found = torch.bincount(table[batch.values == self._padding_ids[table]], minlength=num_tables) > 0
+        return self._padding_ids[found], torch.cat([found.new_zeros(1, dtype=torch.int64), found.cumsum(0)])
 
     def _checked_batch(
         self,
@@ -186,9 +192,8 @@ class _CachedBags(nn.Module):
         weights: torch.Tensor | None,
     ) -> _Batch:
         """The batch as int64 host tensors; `offsets_end`: the last offset is the end of the last bag."""
-        _check_integers("input", values)
-        _check_integers("offsets", offsets)
-        offsets = offsets.detach().to("cpu", torch.int64)
+        # A copy: the backward reads the offsets, and the caller may refill its buffer before that.
+        offsets = offsets.detach().to("cpu", torch.int64, copy=True)
         num_values = values.numel()
         num_offsets = offsets.numel()
         if offsets_end and num_offsets < 1:
@@ -232,8 +237,7 @@ class _CachedBags(nn.Module):
     def _prefetch(self, batch: _Batch) -> None:
         with plain_mode():
             self._cached_weight.settle()
-            padding_ids = self._padding_ids if self.max_norm is None else self._no_padding
-            self._cache.prefetch(batch.values, batch.offsets, padding_ids)
+            self._cache.prefetch(batch.values, batch.offsets, self._padding_ids)
 
     # ---- cache --------------------------------------------------------------------------------------------------
 
@@ -297,6 +301,7 @@ class _CachedBags(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         names = {}
+        mismatches = []
         for table, (start, rows) in enumerate(self._table_ranges()):
             key = prefix + self._table_key(table)
             names[key] = start
@@ -306,10 +311,11 @@ class _CachedBags(nn.Module):
                 continue
             values = state_dict[key]
             if tuple(values.shape) != (rows, self.embedding_dim):
-                error_msgs.append(
+                mismatches.append(
                     f"size mismatch for {key}: found {tuple(values.shape)}, the table is {(rows, self.embedding_dim)}"
                 )
-        if error_msgs:
+        if mismatches:
+            error_msgs += mismatches
             return
         for key, start in names.items():
             if key in state_dict:
@@ -502,6 +508,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
         Those of an earlier prefetch that no forward has used are given up. Takes what `forward` takes; a 1-D input needs
         no offsets. A miss is counted here, and not again in the forward.
         """
+        _check_integers("input", input)
         if offsets is None and input.dim() == 1:
             offsets = torch.zeros(1 + self.include_last_offset, dtype=torch.int64)
             offsets[1:] = input.numel()
@@ -514,6 +521,9 @@ class FreqAwareEmbeddingBag(_CachedBags):
     def _batch(
         self, input: torch.Tensor, offsets: torch.Tensor | None, per_sample_weights: torch.Tensor | None
     ) -> _Batch:
+        _check_integers("input", input)
+        if offsets is not None:
+            _check_integers("offsets", offsets)
         if input.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets must be None for a 2-D input: its rows are the bags")
@@ -577,7 +587,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         table_sizes = list(table_sizes)
         if not table_sizes:
             raise ValueError("table_sizes is empty: give the rows of at least one table")
-        if padding_idx is None or isinstance(padding_idx, int):
+        if padding_idx is None or isinstance(padding_idx, Integral):
             padding_idx = [padding_idx] * len(table_sizes)
         if len(padding_idx) != len(table_sizes):
             raise ValueError(f"padding_idx has {len(padding_idx)} entries for {len(table_sizes)} tables")
@@ -650,10 +660,14 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         return self._cached_weight.logical("weight", start, start + rows)
 
     def _batch(self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None) -> _Batch:
+        _check_integers("values", values)
+        _check_integers("offsets", offsets)
         if values.dim() != 1:
             raise ValueError(f"values has {values.dim()} dimensions: give 1, the bags table after table")
-        if offsets is None or offsets.dim() != 1:
-            raise ValueError("offsets must be a 1-D tensor: the start of each bag, table after table")
+        if offsets.dim() != 1:
+            raise ValueError(
+                f"offsets has {offsets.dim()} dimensions: give a 1-D tensor, the starts of all bags"
+            )
         num_bags = offsets.numel() - int(self.include_last_offset)
         if num_bags % self.num_tables:
             raise ValueError(
@@ -675,26 +689,27 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
 class _Pooling:
     """One forward's arithmetic and its adjoint, over pinned rows."""
 
-    def __init__(self, bags: _CachedBags, lookup: Lookup, weights: torch.Tensor | None, token: Token | None) -> None:
+    def __init__(self, bags: _CachedBags, lookup: Lookup, token: Token | None) -> None:
         self.weight = bags._cached_weight
         self.mode = bags.mode
         self.scale_by_freq = bags.scale_grad_by_freq
         self.lookup = lookup
-        self.weights = None if weights is None else weights.detach()
         self.token = token
         self.version = self.weight.version
         self.chosen: torch.Tensor | None = None
 
-    def forward(self) -> torch.Tensor:
-        """(B, T, D)"""
+    def forward(self, weights: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, D); `weights`: per_sample_weights (N,) or None."""
         lookup, cache = self.lookup, self.weight.cache
         common = (cache.records, cache.layout.dim, lookup.slot_of_unique, lookup.unique_of_position, lookup.offsets)
         if self.mode == "max":
             out, self.chosen = cache.kernels.pool_max(*common, lookup.num_tables)
             return out
-        return cache.kernels.pool(*common, self.weights, self.mode == "mean", lookup.num_tables)
+        return cache.kernels.pool(*common, weights, self.mode == "mean", lookup.num_tables)
 
-    def backward(self, grad: torch.Tensor, needs_rows: bool, needs_weights: bool):
+    def backward(
+        self, grad: torch.Tensor, weights: torch.Tensor | None, needs_rows: bool, needs_weights: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(sparse gradient of the block or None, gradient of per_sample_weights or None) from `grad` (B, T, D)."""
         weight, cache = self.weight, self.weight.cache
         weight.before_backward(self.token, needs_rows)
@@ -713,7 +728,7 @@ class _Pooling:
                     values = cache.kernels.pool_max_backward(*arguments, self.chosen, *places)
                 else:
                     mean = self.mode == "mean"
-                    values = cache.kernels.pool_backward(*arguments, self.weights, mean, self.scale_by_freq, *places)
+                    values = cache.kernels.pool_backward(*arguments, weights, mean, self.scale_by_freq, *places)
                 gradient = weight.gradient(slots, values)
         weight.after_backward(self.token)
         return gradient, weights_gradient
@@ -736,14 +751,17 @@ class _PoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parameter: torch.Tensor, per_sample_weights: torch.Tensor | None, pooling: _Pooling):
         ctx.pooling = pooling
-        out = pooling.forward()
+        if per_sample_weights is not None:
+            ctx.save_for_backward(per_sample_weights)  # torch raises if they were changed in place by the backward
+        out = pooling.forward(per_sample_weights)
         pooling.weight.watch(ctx, pooling.token)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        return (*ctx.pooling.backward(grad, *ctx.needs_input_grad[:2]), None)
+        weights = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        return (*ctx.pooling.backward(grad, weights, *ctx.needs_input_grad[:2]), None)
 
 
 def _check_integers(name: str, tensor: torch.Tensor) -> None:
@@ -756,6 +774,6 @@ def _padding_id(name: str, padding_idx: int | None, rows: int) -> int:
     """The id that is padding, -1 for none; negative ones count from the end, as in nn.EmbeddingBag."""
     if padding_idx is None:
         return -1
-    if not isinstance(padding_idx, int) or not -rows <= padding_idx < rows:
+    if not isinstance(padding_idx, Integral) or not -rows <= padding_idx < rows:
         raise ValueError(f"{name}={padding_idx!r} is outside the valid range {-rows}..{rows - 1}")
-    return padding_idx % rows
+    return int(padding_idx % rows)

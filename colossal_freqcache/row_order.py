@@ -30,7 +30,9 @@ class RowOrder:
         if counts is None:
             return cls(num_rows)
         dtype = np.int32 if num_rows < 2**31 else np.int64
-        return cls(num_rows, np.argsort(-np.asarray(counts), kind="stable").astype(dtype))
+        counts = np.asarray(counts)
+        descending = counts.max() - counts if counts.dtype.kind == "u" else -counts  # unsigned: no negatives
+        return cls(num_rows, np.argsort(descending, kind="stable").astype(dtype))
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """int64 rows of int64 `ids`."""

@@ -8,7 +8,7 @@ is untouched zero pages. Source: MEASURED facts in docs/measured_facts.md (a map
 import numpy as np
 import torch
 
-__all__ = ["SlotTable"]
+__all__ = ["FREE", "SlotTable"]
 
 FREE = -1
 
@@ -19,18 +19,19 @@ class SlotTable:
     Attributes (torch tensors over host memory):
         slot_of_id: int32[R], slot + 1, 0 where the row is not resident.
         id_of_slot, row_of_slot: int32[C] (int64 from 2**31 rows on), FREE where empty; one array where row == id.
-        dirty: uint8[C], the slot's record may differ from the store's.
+        marks: uint8[C], bits: DIRTY, the slot's record may differ from the store's; PREFETCHED, one of the pins is a
+            prefetch's; PREPAID, a prefetch admitted the row and counted its misses, and no forward has used it yet.
         pins: int32[C], how many holders need the slot's row to stay (forwards that run, tokens, prefetches).
-        prefetched: uint8[C], one of the pins is a prefetch's.
-        prepaid: uint8[C], a prefetch admitted the row and counted its misses, and no forward has used it yet.
         unique_of_slot: int32[C], scratch of `Kernels.plan`.
         num_slots, num_used, num_pinned: C, slots that hold a row, slots with pins > 0.
     """
 
+    DIRTY, PREFETCHED, PREPAID = np.uint8(1), np.uint8(2), np.uint8(4)
+
     # I1  row_of_slot[s] == r and id_of_slot[s] == i  <=>  slot_of_id[i] == s + 1 and row_of_id[i] == r
-    # I2  dirty[s] or pins[s] > 0                      =>   row_of_slot[s] != FREE
+    # I2  marks[s] != 0 or pins[s] > 0                 =>   row_of_slot[s] != FREE
     # I3  the newest value of a row is in its slot if it has one, else in the store
-    # I4  prepaid[s] => prefetched[s] => pins[s] > 0
+    # I4  PREPAID => PREFETCHED => pins[s] > 0
 
     def __init__(self, num_slots: int, num_rows: int, rows_are_ids: bool) -> None:
         self.num_rows = num_rows
@@ -41,7 +42,7 @@ class SlotTable:
         self._fresh = 0  # slots from here on were never used
         self._returned = np.empty(0, np.int32)  # used once, free now
         self.id_of_slot = self.row_of_slot = torch.from_numpy(np.empty(0, self._number))
-        self.dirty = self.prefetched = self.prepaid = torch.empty(0, dtype=torch.uint8)
+        self.marks = torch.empty(0, dtype=torch.uint8)
         self.pins = self.unique_of_slot = torch.empty(0, dtype=torch.int32)
         self.grow(num_slots)
 
@@ -55,9 +56,21 @@ class SlotTable:
 
         self.id_of_slot = longer(self.id_of_slot, FREE)
         self.row_of_slot = self.id_of_slot if self._rows_are_ids else longer(self.row_of_slot, FREE)
-        for name in ("dirty", "prefetched", "prepaid", "pins", "unique_of_slot"):
+        for name in ("marks", "pins", "unique_of_slot"):
             setattr(self, name, longer(getattr(self, name), 0))
         self.num_slots = num_slots
+
+    def mark(self, slots: np.ndarray, bit: np.uint8) -> None:
+        """Sets a bit of `slots` (unique)."""
+        self.marks.numpy()[slots] |= bit
+
+    def unmark(self, slots: np.ndarray, bits: int) -> None:
+        """Clears bits of `slots` (unique)."""
+        self.marks.numpy()[slots] &= np.uint8(~bits & 0xFF)
+
+    def marked(self, bit: np.uint8, slots: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Which of `slots` (default: all, O(C)) have a bit, bool."""
+        return (self.marks.numpy()[slots] & bit) != 0
 
     @property
     def num_free(self) -> int:
@@ -91,13 +104,13 @@ class SlotTable:
         self.slot_of_id.numpy()[self.id_of_slot.numpy()[slots]] = 0
         self.id_of_slot.numpy()[slots] = FREE
         self.row_of_slot.numpy()[slots] = FREE
-        self.dirty.numpy()[slots] = 0
+        self.marks.numpy()[slots] = 0
         self.num_used -= slots.size
         self._returned = np.concatenate([self._returned, slots])
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes per slot array ("index") and of the map over all rows ("host_slot_of_id")."""
-        arrays = [self.id_of_slot, self.dirty, self.prefetched, self.prepaid, self.pins, self.unique_of_slot]
+        arrays = [self.id_of_slot, self.marks, self.pins, self.unique_of_slot]
         if not self._rows_are_ids:
             arrays.append(self.row_of_slot)
         return {
@@ -114,9 +127,9 @@ class SlotTable:
         assert np.count_nonzero(self.slot_of_id.numpy()) == used.size == self.num_used, "I1: a row in two slots"
         assert np.array_equal(ids[used] if row_of_id is None else row_of_id[ids[used]], rows[used]), "I1: rows"
         free = ids == FREE
-        assert not self.dirty.numpy()[free].any() and not self.pins.numpy()[free].any(), "I2"
+        assert not self.marks.numpy()[free].any() and not self.pins.numpy()[free].any(), "I2"
         assert (self.pins.numpy() >= 0).all() and np.count_nonzero(self.pins.numpy()) == self.num_pinned
-        assert (self.prefetched.numpy() >= self.prepaid.numpy()).all(), "I4"
-        assert (self.pins.numpy() >= self.prefetched.numpy()).all(), "I4"
+        prefetched, prepaid = self.marked(self.PREFETCHED), self.marked(self.PREPAID)
+        assert (prefetched >= prepaid).all() and (self.pins.numpy() >= prefetched).all(), "I4"
         assert self._returned.size + self.num_slots - self._fresh == self.num_free
         assert free[self._returned].all() and free[self._fresh :].all()

@@ -34,7 +34,7 @@ def snapshot(bag):
     cache = bag._cache
     cache.check()
     slots = cache.slots
-    names = ("slot_of_id", "id_of_slot", "row_of_slot", "dirty", "pins", "prefetched", "prepaid")
+    names = ("slot_of_id", "id_of_slot", "row_of_slot", "marks", "pins")
     per_table = [getattr(bag.stats, f"{name}_per_table") for name in ("hits", "misses", "misses_unique")]
     return {
         "stats": pickle.dumps([bag.stats.as_dict(), per_table]),
@@ -57,7 +57,7 @@ def warm_bag(**options):
         loss_of(bag(skewed_ids(generator).reshape(-1), offsets)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert bag.stats.evictions > 0 and bag._cache.slots.dirty.any()
+    assert bag.stats.evictions > 0 and bag._cache.slots.marked(bag._cache.slots.DIRTY).any()
     return bag
 
 

@@ -576,7 +576,7 @@ def test_load_in_the_middle_of_training(moment, policy, kernels):
             optimizer.step()
             optimizer.zero_grad()
             if step == 4 and moment == "after step":
-                assert bag._cache.slots.dirty.any()
+                assert bag._cache.slots.marked(bag._cache.slots.DIRTY).any()
                 bag.load_state_dict({"weight": loaded})
                 assert torch.equal(bag.logical_weight(), loaded)
             outputs.append(out.detach().clone())

@@ -425,7 +425,7 @@ def plan_by_loops(values, offsets, table_rows, padding_ids, slots):
             slot = int(slots.slot_of_id[identity]) - 1
             is_new = identity not in number
             of_position[position] = number.setdefault(identity, len(number))
-            prepaid = slot >= 0 and bool(slots.prepaid[slot])
+            prepaid = slot >= 0 and bool(slots.marks[slot] & int(slots.PREPAID))
             counts[table] += [1, slot < 0, slot < 0 and is_new, prepaid]
         start += rows
     return of_position, [int(slots.slot_of_id[identity]) - 1 for identity in number], list(number), counts.tolist()
@@ -456,7 +456,7 @@ def slot_table(num_rows, resident, prepaid=()):
     taken = slots.take_free(ids.size)
     slots.admit(ids, ids, taken)
     for number in prepaid:
-        slots.prepaid[int(slots.slot_of_id[number]) - 1] = 1
+        slots.marks[int(slots.slot_of_id[number]) - 1] = int(slots.PREFETCHED | slots.PREPAID)
     return slots
 
 
@@ -469,6 +469,7 @@ def test_plan_is_the_same_in_every_set(sequence):
     """Exactly: unique numbers by first occurrence, slots, ids, counts per table; or the same first bad position."""
     for sizes, padding, values, offsets, resident, prepaid in sequence:
         slots = slot_table(sum(sizes), resident, prepaid)
+        marks = slots.marks.clone()
         expected = plan_by_loops(values, offsets, sizes, padding, slots)
         rows = torch.tensor(sizes)
         arguments = (torch.tensor(values, dtype=torch.int64), torch.tensor(offsets), rows, rows.cumsum(0) - rows)
@@ -479,7 +480,7 @@ def test_plan_is_the_same_in_every_set(sequence):
                 continue
             assert [part.dtype for part in plan] == [torch.int32, torch.int32, torch.int64, torch.int64]
             assert [part.tolist() for part in plan] == list(expected), name
-        assert not slots.dirty.any() and not slots.pins.any()
+        assert torch.equal(slots.marks, marks) and not slots.pins.any()
 
 
 def test_plan_of_nothing(kernel_set):

@@ -201,7 +201,7 @@ def test_deepcopy_copies_the_logical_table():
     """The copy has the newest values and trains apart; frozenness and rows' order are kept."""
     bag = make_bag(ids_freq_mapping=counts())
     train(bag, make_optimizer("Adagrad", bag.parameters()))
-    assert bag.stats.evictions > 0 and bag._cache.slots.dirty.any()
+    assert bag.stats.evictions > 0 and bag._cache.slots.marked(bag._cache.slots.DIRTY).any()
     twin = copy.deepcopy(bag)
     assert twin.weight is not bag.weight
     table = bag.logical_weight()
@@ -260,10 +260,10 @@ def test_too_large_a_batch_changes_nothing():
     bag(torch.tensor([[0, 1, 2, 3]])).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    before = [bag._cache.slots.id_of_slot.clone(), bag._cache.slots.dirty.clone(), bag.logical_weight()]
+    before = [bag._cache.slots.id_of_slot.clone(), bag._cache.slots.marks.clone(), bag.logical_weight()]
     with pytest.raises(CacheTooSmallError, match="7 rows"):
         bag(torch.arange(10, 17).unsqueeze(0))
-    assert_same_bits([bag._cache.slots.id_of_slot, bag._cache.slots.dirty, bag.logical_weight()], before)
+    assert_same_bits([bag._cache.slots.id_of_slot, bag._cache.slots.marks, bag.logical_weight()], before)
     bag._cache.check()
     bag(torch.arange(6).unsqueeze(0)).sum().backward()
     optimizer.step()

@@ -45,7 +45,10 @@ def test_hits_and_misses_are_what_was_looked_up(options, kernels, policy):
         with torch.no_grad():
             bag(ids)
         assert bag.stats.hits + bag.stats.misses == expected
-        assert bag.stats.misses >= bag.stats.misses_unique == bag.stats.rows_fetched
+        assert bag.stats.misses >= bag.stats.misses_unique
+        # With max_norm the padding row is renormalised, as in torch: it may be fetched, although it is not looked up.
+        padding_rows = bag.stats.rows_fetched - bag.stats.misses_unique
+        assert 0 <= padding_rows <= (20 if {"padding_idx", "max_norm"} <= options.keys() else 0)
     assert bag.stats.evictions > 0 and 0 < bag.stats.hit_ratio < 1
 
 

@@ -162,7 +162,8 @@ def test_prefetch_changes_no_value_and_no_mark(kernels):
     before = bag.logical_weight()
     bag.prefetch(torch.arange(10))
     assert torch.equal(bag.logical_weight(), before)
-    assert not bag._cache.slots.dirty.any() and bag._cached_weight.num_tokens == 0
+    slots = bag._cache.slots
+    assert not slots.marked(slots.DIRTY).any() and bag._cached_weight.num_tokens == 0
 
 
 def test_prefetch_in_inference_mode_and_then_training(kernels):

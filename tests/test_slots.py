@@ -72,7 +72,7 @@ def test_random_operations_against_a_dict(known, operations, random):
                 pins[slot] = pins.get(slot, 0) + step
         else:
             slots = random.sample(list(slot_of.values()), min(amount, len(slot_of)))
-            table.dirty.numpy()[slots] = 1
+            table.mark(slots, table.DIRTY)
         table.check(order.row_of_id)
         expected = np.zeros(NUM_ROWS, np.int64)
         for number, slot in slot_of.items():
@@ -88,10 +88,10 @@ def test_random_operations_against_a_dict(known, operations, random):
 def test_an_evicted_slot_is_clean_and_free():
     table = SlotTable(2, NUM_ROWS, True)
     slots = admit(table, order_of(False), [7, 8])
-    table.dirty.numpy()[slots] = 1
+    table.mark(slots, table.DIRTY)
     table.evict(slots[:1])
-    assert table.slot_of_id[7] == 0 and table.id_of_slot[slots[0]] == FREE and not table.dirty[slots[0]]
-    assert table.dirty[slots[1]] and table.slot_of_id[8] == slots[1] + 1
+    assert table.slot_of_id[7] == 0 and table.id_of_slot[slots[0]] == FREE and not table.marks[slots[0]]
+    assert table.marks[slots[1]] == table.DIRTY and table.slot_of_id[8] == slots[1] + 1
     assert admit(table, order_of(False), [9]).tolist() == slots[:1].tolist()
     table.check()
 
@@ -111,9 +111,9 @@ def test_growth_keeps_rows_marks_and_pins():
     order = order_of(True)
     table = SlotTable(3, NUM_ROWS, False)
     slots = admit(table, order, [4, 5, 6])
-    table.dirty.numpy()[slots[:1]] = 1
+    table.mark(slots[:1], table.DIRTY)
     table.num_pinned += make_kernels("torch").add_pins(table.pins, torch.from_numpy(slots[1:]), 1)
-    names = ("id_of_slot", "row_of_slot", "dirty", "pins", "prefetched", "prepaid")
+    names = ("id_of_slot", "row_of_slot", "marks", "pins")
     before = {name: getattr(table, name).clone() for name in names}
     table.grow(8)
     for name, old in before.items():
@@ -124,9 +124,9 @@ def test_growth_keeps_rows_marks_and_pins():
 
 
 def test_one_array_serves_ids_and_rows_where_they_are_the_same():
-    """Without counts no second map is held; bytes per slot are 15, with counts 19."""
-    assert SlotTable(100, NUM_ROWS, True).num_bytes()["index"] == 15 * 100
-    assert SlotTable(100, NUM_ROWS, False).num_bytes()["index"] == 19 * 100
+    """Without counts no second map is held; bytes per slot are 13, with counts 17."""
+    assert SlotTable(100, NUM_ROWS, True).num_bytes()["index"] == 13 * 100
+    assert SlotTable(100, NUM_ROWS, False).num_bytes()["index"] == 17 * 100
 
 
 def test_bytes_on_the_device_do_not_grow_with_the_table():
@@ -141,12 +141,12 @@ DAMAGE = {
     "a map that names the wrong slot": lambda t: t.slot_of_id.__setitem__(1, 3),
     "a row in two slots": lambda t: t.slot_of_id.__setitem__(30, 1),
     "a forgotten row": lambda t: t.slot_of_id.__setitem__(1, 0),
-    "a free slot that is dirty": lambda t: t.dirty.__setitem__(4, 1),
+    "a free slot that is dirty": lambda t: t.marks.__setitem__(4, 1),
     "a free slot that is pinned": lambda t: t.pins.__setitem__(4, 1),
     "a negative pin": lambda t: t.pins.__setitem__(0, -1),
     "a pin that was not counted": lambda t: t.pins.__setitem__(0, 1),
-    "prefetched without a pin": lambda t: t.prefetched.__setitem__(0, 1),
-    "prepaid without being prefetched": lambda t: t.prepaid.__setitem__(0, 1),
+    "prefetched without a pin": lambda t: t.marks.__setitem__(0, 2),
+    "prepaid without being prefetched": lambda t: t.marks.__setitem__(0, 4),
     "a wrong count of slots": lambda t: setattr(t, "num_used", 2),
     "a wrong row": lambda t: t.row_of_slot.__setitem__(0, 39),
 }

@@ -27,7 +27,8 @@ def _plan(
     bags_per_table,
     slot_of_id,
     unique_of_slot,
-    prepaid,
+    marks,
+    prepaid_bit,
     miss_id,
     miss_unique,
     miss_stamp,
@@ -75,7 +76,7 @@ def _plan(
                     slot_of_unique[u] = slot
                     id_of_unique[u] = identity
                     num_unique += 1
-                if prepaid[slot]:
+                if marks[slot] & prepaid_bit:
                     counted_before += 1
             else:
                 missed += 1
@@ -256,7 +257,7 @@ def _weight_gradient(grad, records, dim, slot_of_unique, unique_of_position, off
             out[i] = total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _renormalize(records, dim, slots, max_norm, norm_type, changed):
     for i in range(slots.size):
         slot = np.int64(slots[i])
@@ -268,6 +269,13 @@ def _renormalize(records, dim, slots, max_norm, norm_type, changed):
         elif norm_type == np.inf:
             for d in range(dim):
                 norm = max(norm, np.abs(np.float64(records[slot, d])))
+        elif norm_type == -np.inf:
+            norm = np.inf
+            for d in range(dim):
+                norm = min(norm, np.abs(np.float64(records[slot, d])))
+        elif norm_type == 0.0:
+            for d in range(dim):
+                norm += records[slot, d] != 0
         else:
             for d in range(dim):
                 norm += np.abs(np.float64(records[slot, d])) ** norm_type
@@ -370,7 +378,8 @@ class CpuKernels:
             (offsets.numel() - 1) // table_rows.numel(),
             slots.slot_of_id.numpy(),
             slots.unique_of_slot.numpy(),
-            slots.prepaid.numpy(),
+            slots.marks.numpy(),
+            slots.PREPAID,
             self._miss_id,
             self._miss_unique,
             self._miss_stamp,

@@ -43,7 +43,7 @@ class TorchKernels:
         slot_of_unique = slots.slot_of_id[id_of_unique] - 1
         slot = slot_of_unique[place[number]]
         missed = slot < 0
-        prepaid = ~missed & slots.prepaid[slot.clamp(min=0).long()].bool()
+        prepaid = ~missed & ((slots.marks[slot.clamp(min=0).long()] & int(slots.PREPAID)) != 0)
         counts = [
             torch.bincount(table, minlength=num_tables),
             torch.bincount(table[missed], minlength=num_tables),
@@ -76,11 +76,16 @@ class TorchKernels:
         bag, kept = _bag_of_position(offsets, unique_of_position)
         rows = records[slot_of_unique.long()[unique_of_position[kept].long()], :dim]
         lane = bag.unsqueeze(1).expand_as(rows)
+        # As in a loop that asks "is it greater?": a nan that comes first stays, any other never wins.
+        first = bag.diff(prepend=bag.new_tensor([-1])) != 0
+        stuck = rows.isnan() & first.unsqueeze(1)
+        rows_as_they_are, rows = rows, torch.where(rows.isnan(), -torch.inf, rows)
         out = rows.new_full((num_bags, dim), -torch.inf).scatter_reduce(0, lane, rows, "amax")
         position = kept.nonzero().expand_as(rows)
         none = unique_of_position.numel()
-        candidates = torch.where(rows == out[bag], position, none)
+        candidates = torch.where((rows == out[bag]) | stuck, position, none)
         chosen = torch.full((num_bags, dim), none).scatter_reduce(0, lane, candidates, "amin")
+        out[bag[first]] = torch.where(stuck[first], rows_as_they_are[first], out[bag[first]])
         out[torch.bincount(bag, minlength=num_bags) == 0] = 0
         return _batch_major(out, num_tables), torch.where(chosen == none, -1, chosen)
 
