@@ -5,11 +5,11 @@ slot number that autograd holds is only good while its row is pinned. Tokens do 
 
 The life of a token (one forward that autograd recorded):
     HELD      from the forward on; its rows keep one pin each.
-    SPENT     after its backward: the slots stand in `.grad` now, so the rows stay until the gradient was used or cleared.
+    SPENT     after its backward: the slots stand in `.grad` now: the rows stay until the gradient was used or cleared.
     RELEASED  the graph died unused; or, after SPENT, an optimizer stepped the block or its gradient was cleared.
-A graph may die in any thread and inside any lock (garbage collection), so its finalizer only appends to a deque; `settle`
-empties it, in the training thread, outside every backward (inside one, `.grad` may be None although it is about to be
-accumulated).
+A graph may die in any thread and inside any lock (garbage collection), so its finalizer only appends to a deque;
+`settle` empties it, in the training thread, outside every backward (inside one, `.grad` may be None although it is
+about to be accumulated).
 """
 
 import contextlib
@@ -60,6 +60,7 @@ class CachedWeight:
         rule: the row rule whose state the records hold, or None.
         version: goes up whenever rows are updated (a backward that needs the forward's values compares it).
         num_tokens: tokens not released.
+        state_is_initial: every state column holds its initial value.
         max_state_dict_bytes: above this, the logical table is not handed out as one tensor; 2 GiB.
     """
 
@@ -80,7 +81,7 @@ class CachedWeight:
         self._moves_at_step = 0
         self._owner: weakref.ref | None = None
         self._replaced: weakref.WeakSet = weakref.WeakSet()
-        self._state_is_initial = True
+        self.state_is_initial = True
 
     # ---- tokens -------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class CachedWeight:
             self.cache.unpin(token.slots)
 
     def settle(self) -> None:
-        """Releases what nobody needs any more. Called by the training thread where a forward, prefetch or flush starts."""
+        """Releases what nobody needs any more. The training thread calls it as a forward, prefetch or flush starts."""
         if torch._C._current_graph_task_id() != -1:  # a forward that is recomputed inside a backward
             return
         self.restore_stash()
@@ -127,8 +128,8 @@ class CachedWeight:
         """Refuses a backward whose slots may have changed their rows, or that would add to a used-up gradient."""
         if token.state == RELEASED:
             raise RuntimeError(
-                "backward through a lookup whose rows were released: an optimizer stepped, or the gradient was cleared, "
-                "since its first backward (retain_graph across a step). Run the forward again"
+                "backward through a lookup whose rows were released: an optimizer stepped, or the gradient was cleared,"
+                " since its first backward (retain_graph across a step). Run the forward again"
             )
         if needs_gradient and self._stepped_gradient() is not None:
             raise RuntimeError(
@@ -176,10 +177,10 @@ class CachedWeight:
         with plain_mode():
             if [column[:2] for column in layout.state] != [column[:2] for column in self.cache.layout.state]:
                 self._relayout(layout, keep_slots)
-            elif layout != self.cache.layout or not self._state_is_initial:
+            elif layout != self.cache.layout or not self.state_is_initial:
                 self.cache.layout = layout
                 self.cache.reset_state()
-        self._state_is_initial = True
+        self.state_is_initial = True
         if self.owner is not None:
             self._replaced.add(self.owner)
         self.rule = rule
@@ -195,8 +196,8 @@ class CachedWeight:
             )
         if optimizer in self._replaced:
             raise RuntimeError(
-                f"this {type(optimizer).__name__} was replaced by an optimizer that was bound to the same bag later, and "
-                f"the rows carry that one's state: step only the latest"
+                f"this {type(optimizer).__name__} was replaced by an optimizer that was bound to the same bag later, "
+                f"and the rows carry that one's state: step only the latest"
             )
 
     @property
@@ -213,7 +214,7 @@ class CachedWeight:
         if self.owner is not None:
             self._replaced.add(self.owner)
         self.rule = self._owner = None
-        self._state_is_initial = True
+        self.state_is_initial = True
 
     def _relayout(self, layout: RowLayout, keep_slots: bool) -> None:
         if not keep_slots:
@@ -229,9 +230,9 @@ class CachedWeight:
         self.cache.end_prefetch()
         if self.num_tokens or self.parameter.grad is not None:
             raise RuntimeError(
-                f"{what} is not possible while {self.num_tokens} forward(s) wait for their backward or step and .grad is "
-                f"{'None' if self.parameter.grad is None else 'set'}: do it before training starts, or after step() and "
-                f"zero_grad(), with no output of the bag alive"
+                f"{what} is not possible while {self.num_tokens} forward(s) wait for their backward or step and "
+                f".grad is {'None' if self.parameter.grad is None else 'set'}: do it before training starts, or after "
+                f"step() and zero_grad(), with no output of the bag alive"
             )
 
     def step(self, group: dict, step: int) -> None:
@@ -250,8 +251,8 @@ class CachedWeight:
         slots = grad._indices()[0]
         if not grad.is_coalesced() and not bool((slots[1:] > slots[:-1]).all()):
             raise RuntimeError(
-                "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend on "
-                "where rows sit; scale it in place (grad.mul_) instead of adding sparse tensors to it"
+                "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend "
+                "on where rows sit; scale it in place (grad.mul_) instead of adding sparse tensors to it"
             )
         if not slots.numel():
             return
@@ -269,10 +270,10 @@ class CachedWeight:
                 step,
             )
         self.version += 1
-        self._state_is_initial = False
+        self.state_is_initial = False
 
     def after_step(self) -> None:
-        """The optimizer has used the gradient: its rows may leave; adding to it, or stepping it after that, is refused."""
+        """The optimizer has used the gradient: its rows may leave; adding to it, or stepping it later, is refused."""
         self.restore_stash()
         self._release_spent()
         if self._has_gradient():
@@ -326,18 +327,18 @@ class CachedWeight:
             self.cache.update_column(column, start, start + values.shape[0], fill)
         self.version += 1
         if column != "weight":
-            self._state_is_initial = False
+            self.state_is_initial = False
 
     def reset_state(self) -> None:
         """Every state column back to its initial value."""
         with plain_mode():
             self.cache.reset_state()
-        self._state_is_initial = True
+        self.state_is_initial = True
 
     def check_bytes(self, num_bytes: int, what: str) -> None:
         """ValueError where `num_bytes` pass `max_state_dict_bytes`."""
         if num_bytes > self.max_state_dict_bytes:
             raise ValueError(
-                f"{what} takes {num_bytes} bytes, more than max_state_dict_bytes={self.max_state_dict_bytes}: raise that "
-                f"attribute of the bag, or stream the table (colossal_freqcache.checkpoint, planned)"
+                f"{what} takes {num_bytes} bytes, more than max_state_dict_bytes={self.max_state_dict_bytes}: raise "
+                f"that attribute of the bag, or stream the table (colossal_freqcache.checkpoint, planned)"
             )

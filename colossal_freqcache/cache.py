@@ -1,8 +1,8 @@
-"""RowCache: the hot rows of a table on the training device, all rows in a store. `prepare` makes a batch's rows resident.
+"""RowCache: the hot rows of a table on the training device, all rows in a store; `prepare` makes a batch resident.
 
 Knows ids, rows, slots and records; nothing of gradients, optimizers or modules. Work per call is O(ids + misses).
 Shapes: N positions, U unique rows, M missing rows, C slots, R rows, W record width, T tables, B bags a table.
-Source: Fang et al. 2022 (arXiv:2208.05321); differs from it in dirty bits, pins, state that travels with its row, growth.
+Source: Fang et al. 2022 (arXiv:2208.05321); it differs in dirty bits, pins, state that travels with its row, growth.
 """
 
 import warnings
@@ -56,7 +56,7 @@ class RowCache:
     """Tables of R rows in all, C of them in `records`, the cache block.
 
     Args:
-        table_sizes: rows of each table, T ints; the tables share the cache. An id of the whole is its table's start + id.
+        table_sizes: rows of each table, T ints; tables share the cache. An id of the whole is its table's start + id.
         layout: what a record holds.
         config: settings.
         counts: accesses of each id (R,), or None; orders the rows.
@@ -231,8 +231,8 @@ class RowCache:
             return
         if needed > self.ceiling:
             raise CacheTooSmallError(
-                f"{needed} rows have to be resident at once ({num_missing} to fetch beside {pinned} in use by this batch, "
-                f"by graphs that wait for their backward or step, or by a prefetch), and the cache may hold "
+                f"{needed} rows have to be resident at once ({num_missing} to fetch beside {pinned} in use by this "
+                f"batch, by graphs that wait for their backward or step, or by a prefetch), and the cache may hold "
                 f"{self.ceiling} ({self.ceiling * self.layout.row_bytes} bytes of {self.layout.row_bytes} a row). "
                 f"{self.config.advice(needed, self.layout.row_bytes)}, or make the batch smaller, or step sooner"
             )
@@ -276,7 +276,7 @@ class RowCache:
         self.stats.bytes_written_back += dirty.size * self.layout.row_bytes
 
     def _mark_clean(self, slots: np.ndarray) -> None:
-        """The store has the records in `slots`. One that is pinned stays dirty: its gradient may yet be used, by hand."""
+        """The store has the records in `slots`. A pinned one stays dirty: its gradient may yet be used, by hand."""
         self.slots.unmark(slots[self.slots.pins.numpy()[slots] == 0], SlotTable.DIRTY)
 
     def _unpin_prefetched(self, slots: np.ndarray) -> None:
@@ -319,8 +319,8 @@ class RowCache:
     def id_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """start..stop in pieces of about CHUNK_BYTES of records; each but the last a multiple of 16 ids, none shorter.
 
-        So a stream of normal_() or uniform_() over the pieces draws what one call over the whole would draw (torch fills
-        16 elements at a time).
+        So a stream of normal_() or uniform_() over the pieces draws what one call over the whole would draw (torch
+        fills 16 elements at a time).
         """
         step = max(16, CHUNK_BYTES // self.layout.row_bytes // 16 * 16)
         first = start
@@ -365,18 +365,18 @@ class RowCache:
     def relayout(self, layout: RowLayout, keep_slots: bool = False) -> None:
         """Re-lays store and block out for `layout`: weights stay, state columns start at their initial value.
 
-        Streamed, into a second store. The rows stay in their slots unless `max_cache_bytes` now allows another number of
-        slots than before: then the cache starts anew, warmed up; with `keep_slots` that is an error instead.
+        Streamed, into a second store. The rows stay in their slots unless `max_cache_bytes` now allows another number
+        of slots than before: then the cache starts anew, warmed up; with `keep_slots` that is an error instead.
 
         Raises:
-            ValueError: `max_cache_bytes` does not hold one record (or the block, with `keep_slots`); nothing was changed.
+            ValueError: `max_cache_bytes` holds no record (or not the block, with `keep_slots`); nothing was changed.
         """
         num_slots, ceiling = self.config.size_in_slots(self.num_rows, layout.row_bytes)
         if keep_slots and ceiling < self.ceiling:
             raise ValueError(
-                f"{self.ceiling} slots of {layout.row_bytes} bytes ({self.layout.row_bytes} before the optimizer's state) "
-                f"pass max_cache_bytes={self.config.max_cache_bytes}: reserve the state from the start with the bag's "
-                f"optimizer= keyword, or raise max_cache_bytes to {self.ceiling * layout.row_bytes}"
+                f"{self.ceiling} slots of {layout.row_bytes} bytes ({self.layout.row_bytes} before the optimizer's "
+                f"state) pass max_cache_bytes={self.config.max_cache_bytes}: reserve the state from the start with the "
+                f"bag's optimizer= keyword, or raise max_cache_bytes to {self.ceiling * layout.row_bytes}"
             )
         store = self.store.spawn()
         store.allocate(self.num_rows, layout)

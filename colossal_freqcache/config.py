@@ -1,4 +1,4 @@
-"""FreqCacheConfig: every setting of one cache, validated once. Knows nothing of tables, devices or policies' insides."""
+"""FreqCacheConfig: all settings of one cache, validated once. Knows nothing of tables, devices or policies' insides."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ class FreqCacheConfig:
     Args:
         cache_ratio: share of the table's rows that get a slot, in (0, 1]. 0.015 if no size is given.
         num_slots: slots, instead of a ratio; at least 1.
-        max_cache_bytes: the ceiling up to which the cache may grow, in bytes of whole rows (weight and optimizer state);
+        max_cache_bytes: the ceiling to which the cache may grow, in bytes of whole rows (weight and optimizer state);
             the initial size too where neither ratio nor slots are given. Default: 4 times the initial slots on a CPU.
         warmup_ratio: share of the slots that is filled with the most frequent rows at the start, in [0, 1].
         evict_strategy: name of an eviction policy or an EvictionStrategy; None chooses by what is known of the ids.
@@ -68,7 +68,8 @@ class FreqCacheConfig:
         if self.cache_ratio is not None:
             if self.num_slots is not None:
                 raise ValueError(
-                    f"cache_ratio={self.cache_ratio!r} and num_slots={self.num_slots!r} both give the size: give one of them"
+                    f"cache_ratio={self.cache_ratio!r} and num_slots={self.num_slots!r} both give the size: "
+                    f"give one of them"
                 )
             if not _is_number(self.cache_ratio) or not 0 < self.cache_ratio <= 1:
                 _refuse("cache_ratio", self.cache_ratio, "a share of the rows in (0, 1]")
@@ -97,7 +98,8 @@ class FreqCacheConfig:
             limit = int(self.max_cache_bytes) // row_bytes
             if limit < 1:
                 raise ValueError(
-                    f"max_cache_bytes={self.max_cache_bytes} holds no row of {row_bytes} bytes: give at least {row_bytes}"
+                    f"max_cache_bytes={self.max_cache_bytes} holds no row of {row_bytes} bytes: "
+                    f"give at least {row_bytes}"
                 )
         if self.num_slots is not None:
             wanted = int(self.num_slots)
@@ -117,8 +119,8 @@ class FreqCacheConfig:
             held = self.max_cache_bytes // row_bytes
             if held < min(self.num_slots, num_rows):
                 raise ValueError(
-                    f"num_slots={self.num_slots} rows of {row_bytes} bytes pass max_cache_bytes={self.max_cache_bytes}, "
-                    f"which holds {held}: lower the one, or raise the other to {self.num_slots * row_bytes}"
+                    f"num_slots={self.num_slots} rows of {row_bytes} bytes pass max_cache_bytes={self.max_cache_bytes},"
+                    f" which holds {held}: lower the one, or raise the other to {self.num_slots * row_bytes}"
                 )
 
     def advice(self, needed_slots: int, row_bytes: int) -> str:

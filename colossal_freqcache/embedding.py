@@ -1,4 +1,4 @@
-"""FreqAwareEmbeddingBag and FreqAwareEmbeddingBagCollection: nn.EmbeddingBag over a cached table, and many over one cache.
+"""FreqAwareEmbeddingBag and FreqAwareEmbeddingBagCollection: nn.EmbeddingBag over a cached table, many over one cache.
 
 Shapes: N ids in a batch (repeats), U unique rows, C slots, R rows, D embedding width, B bags (a table), T tables.
 Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weight` alone differs: it is the cache block.
@@ -35,7 +35,7 @@ class _Batch(NamedTuple):
 
 
 class _CachedBags(nn.Module):
-    """T tables of one width over one RowCache. What both public classes share; they differ in input and output shape."""
+    """T tables of one width over one RowCache: what both public classes share. They differ in the shapes in and out."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class _CachedBags(nn.Module):
     # ---- initialisation -----------------------------------------------------------------------------------------
 
     def _initialize(self, weights: Sequence[torch.Tensor] | None) -> None:
-        """First records of every row: given weights, or what nn.EmbeddingBag draws table after table from the same seed."""
+        """Every row's first record: given weights, or what nn.EmbeddingBag draws table by table from the same seed."""
         cache = self._cache
         for table, (start, rows) in enumerate(self._table_ranges()):
             for first, last in cache.id_chunks(start, start + rows):
@@ -113,7 +113,7 @@ class _CachedBags(nn.Module):
                 cache.write_ids(first, records)
 
     def init_(self, fn: Callable[[torch.Tensor], Any]) -> None:
-        """Initialises the weights: fn(values) is called on (n, D) tensors of consecutive ids, table after table, in place.
+        """Initialises the weights in place: fn(values) gets (n, D) tensors of consecutive ids, table after table.
 
         A table of up to 16 MiB of records comes in one call, a larger one in pieces of a multiple of 16 rows, so an
         elementwise draw (uniform_, normal_) gives the numbers of one call over the whole. Optimizer state stays.
@@ -212,7 +212,8 @@ class _CachedBags(nn.Module):
                     f"offsets[{number - 1}] is {int(offsets[number - 1])}, past the end of {num_values} ids"
                 )
             raise ValueError(
-                f"offsets[{number}] is {int(offsets[number])} after {int(offsets[number - 1])}: offsets must not decrease"
+                f"offsets[{number}] is {int(offsets[number])} after {int(offsets[number - 1])}: "
+                f"offsets must not decrease"
             )
         if int(offsets[-1]) != num_values:
             where = "past the end of" if int(offsets[-1]) > num_values else "not the end of"
@@ -263,9 +264,9 @@ class _CachedBags(nn.Module):
     def device_bytes(self) -> dict[str, int]:
         """Bytes by part.
 
-        cache: num_slots * row_bytes, weight and optimizer state. reserved: from there to the ceiling (on a CPU untouched
-        address space). index: all per-slot maps and marks. workspace: what grows with the largest batch. Parts on the host
-        that grow with the table have "host" in their name.
+        cache: num_slots * row_bytes, weight and optimizer state. reserved: from there to the ceiling (on a CPU
+        untouched address space). index: all per-slot maps and marks. workspace: what grows with the largest batch.
+        Parts on the host that grow with the table have "host" in their name.
         """
         return self._cache.num_bytes()
 
@@ -346,7 +347,7 @@ class _CachedBags(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict) -> "_CachedBags":
-        """A bag of its own over a copy of the table and its optimizer state; the copy has no optimizer bound."""
+        """A bag of its own over a copy of the table. No optimizer is bound; the one that will be starts afresh."""
         weight = self._cached_weight
         weight.check_bytes(self._cache.num_rows * self._cache.layout.row_bytes, "deepcopy() of the table")
         copy = type(self).__new__(type(self))
@@ -359,6 +360,7 @@ class _CachedBags(nn.Module):
             copy._cache = self._cache.clone()
             copy._cached_weight = CachedWeight(copy._cache, weight.rule)
             copy._cached_weight.max_state_dict_bytes = weight.max_state_dict_bytes
+            copy._cached_weight.state_is_initial = weight.state_is_initial
         copy.weight = copy._cached_weight.parameter
         copy.weight.requires_grad_(self.weight.requires_grad)
         memo[id(self.weight)] = copy.weight
@@ -381,9 +383,10 @@ class FreqAwareEmbeddingBag(_CachedBags):
         sparse: accepted for compatibility; rows are trained sparsely in any case.
         _weight: (R, D) initial weights in id order; copied.
         device: None or "cpu". dtype: torch.float32 or float64; None: torch's default.
-        cache_ratio, num_slots, max_cache_bytes, warmup_ratio, evict_strategy, optimizer, store, kernels: FreqCacheConfig.
-        ids_freq_mapping: accesses of each id (R,), tensor, array, list or IdFrequency; None where unknown. The policy is
-            then "s3fifo" by default, else "dataset".
+        cache_ratio, num_slots, max_cache_bytes, warmup_ratio, evict_strategy, optimizer, store, kernels: as in
+            FreqCacheConfig.
+        ids_freq_mapping: accesses of each id (R,), tensor, array, list or IdFrequency; None where unknown. The policy
+            is then "s3fifo" by default, else "dataset".
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is allowed.
@@ -505,8 +508,8 @@ class FreqAwareEmbeddingBag(_CachedBags):
     def prefetch(self, input: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
         """Makes the rows of a later batch resident now, and keeps them so until the next forward that uses them.
 
-        Those of an earlier prefetch that no forward has used are given up. Takes what `forward` takes; a 1-D input needs
-        no offsets. A miss is counted here, and not again in the forward.
+        Those of an earlier prefetch that no forward has used are given up. Takes what `forward` takes; a 1-D input
+        needs no offsets. A miss is counted here, and not again in the forward.
         """
         _check_integers("input", input)
         if offsets is None and input.dim() == 1:
@@ -541,12 +544,13 @@ class FreqAwareEmbeddingBag(_CachedBags):
         return "weight"
 
     def extra_repr(self) -> str:
+        """Sizes, mode, slots and, where one is set, padding_idx: what `repr` shows between the parentheses."""
         text = f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}, num_slots={self.num_slots}"
         return text if self.padding_idx is None else f"{text}, padding_idx={self.padding_idx}"
 
 
 class FreqAwareEmbeddingBagCollection(_CachedBags):
-    """T embedding tables of one width behind ONE cache and one byte budget: frequent rows win slots, whatever their table.
+    """T embedding tables of one width behind ONE cache and byte budget: frequent rows win slots, whatever their table.
 
     Args:
         table_sizes: rows of each table. embedding_dim: D of all.
@@ -555,8 +559,8 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         _weight: the tables' initial weights, one (rows, D) tensor per table.
         The others as in FreqAwareEmbeddingBag.
 
-    Ids are local to their table. state_dict keys: tables.{i}.weight, as of an nn.ModuleList `tables` of nn.EmbeddingBag,
-    in whose order the initial weights are drawn, too.
+    Ids are local to their table. state_dict keys: tables.{i}.weight, as of an nn.ModuleList `tables` of
+    nn.EmbeddingBag, in whose order the initial weights are drawn, too.
     """
 
     def __init__(
@@ -665,9 +669,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         if values.dim() != 1:
             raise ValueError(f"values has {values.dim()} dimensions: give 1, the bags table after table")
         if offsets.dim() != 1:
-            raise ValueError(
-                f"offsets has {offsets.dim()} dimensions: give a 1-D tensor, the starts of all bags"
-            )
+            raise ValueError(f"offsets has {offsets.dim()} dimensions: give a 1-D tensor, the starts of all bags")
         num_bags = offsets.numel() - int(self.include_last_offset)
         if num_bags % self.num_tables:
             raise ValueError(
@@ -680,6 +682,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         return f"tables.{table}.weight"
 
     def extra_repr(self) -> str:
+        """Number of tables, rows of all, width, mode and slots: what `repr` shows between the parentheses."""
         return (
             f"{self.num_tables} tables, {sum(self.table_sizes)} rows, {self.embedding_dim}, mode={self.mode!r}, "
             f"num_slots={self.num_slots}"

@@ -1,8 +1,8 @@
 """CacheStats: what a cache did, in rows and bytes. Plain host integers: reading them never syncs a device.
 
 A *hit* is an occurrence of an id whose row was resident when its batch was prepared; every occurrence of a row that had
-to be fetched for the batch is a *miss*. A miss is counted once, at admission, whoever asked for the row: the occurrences
-in the first forward after a prefetch admitted the row are neither hits nor misses.
+to be fetched for the batch is a *miss*. A miss is counted once, at admission, whoever asked for the row: the
+occurrences in the first forward after a prefetch admitted the row are neither hits nor misses.
 """
 
 import numpy as np
@@ -41,14 +41,17 @@ class CacheStats:
 
     @property
     def hits(self) -> int:
+        """Occurrences of ids whose row was resident when their batch was prepared, over all tables."""
         return int(self.hits_per_table.sum())
 
     @property
     def misses(self) -> int:
+        """Occurrences of ids whose row had to be fetched for their batch, over all tables."""
         return int(self.misses_per_table.sum())
 
     @property
     def misses_unique(self) -> int:
+        """Rows that had to be fetched for a batch, each once per batch, over all tables."""
         return int(self.misses_unique_per_table.sum())
 
     @property

@@ -1,7 +1,7 @@
-"""SGD, Adagrad, RowWiseAdagrad and Adam for models with cached tables: rows by row rule, dense parameters by torch's own.
+"""SGD, Adagrad, RowWiseAdagrad and Adam for models with cached tables: rows by row rule, dense parameters by torch.
 
-Each class is the torch optimizer of its name (constructor, param_groups, schedulers, zero_grad, closures) that treats the
-blocks of cached tables apart: their state is columns of the rows' records, so it moves with the row.
+Each class is the torch optimizer of its name (constructor, param_groups, schedulers, zero_grad, closures) that treats
+the blocks of cached tables apart: their state is columns of the rows' records, so it moves with the row.
 """
 
 from collections.abc import Iterable
@@ -49,6 +49,15 @@ class _RowOptimizer:
         if self.rule_name in ("adagrad", "rowwise_adagrad"):  # torch's Adagrad has its state from the constructor on
             self.state[parameter] = {"step": torch.tensor(0.0)}
 
+    def _bind_at_step(self, group: dict, parameter: torch.Tensor, weight: CachedWeight) -> None:
+        """A table that was frozen when this optimizer was built, or a copy of one."""
+        if self.state.get(parameter, {}).get("step", 0) > 0:
+            raise RuntimeError(
+                f"this {type(self).__name__} has counted steps for a table that does not carry its state (a deep copy?)"
+                f": load its state_dict into an optimizer that is built for this table"
+            )
+        self._bind(group, parameter, weight, keep_slots=True)
+
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; a cached table in it is bound to this optimizer."""
         super().add_param_group(param_group)
@@ -70,7 +79,7 @@ class _RowOptimizer:
         try:
             for group, parameter, weight in with_gradient:
                 if weight.owner is not self:
-                    self._bind(group, parameter, weight, keep_slots=True)
+                    self._bind_at_step(group, parameter, weight)
                 weight.step(group, next_step(self, parameter, weight.rule))
                 weight.stash_gradient()
             self._step_dense()
@@ -161,15 +170,15 @@ def _with_stand_ins(group: dict, blocks: dict[int, torch.Tensor]) -> dict:
 class SGD(_RowOptimizer, torch.optim.SGD):
     """torch.optim.SGD; rows of cached tables: w -= lr * g for rows with a gradient.
 
-    momentum and weight_decay are refused for a group that holds a cached table: torch's rules would move, at every step,
-    rows that have no gradient. Give dense parameters a group of their own.
+    momentum and weight_decay are refused for a group that holds a cached table: torch's rules would move, at every
+    step, rows that have no gradient. Give dense parameters a group of their own.
     """
 
     rule_name = "sgd"
 
 
 class Adagrad(_RowOptimizer, torch.optim.Adagrad):
-    """torch.optim.Adagrad; rows of cached tables as it treats sparse gradients: s += g*g; w -= lr * g / (sqrt(s) + eps)."""
+    """torch.optim.Adagrad; rows of cached tables as its sparse gradients: s += g*g; w -= lr * g / (sqrt(s) + eps)."""
 
     rule_name = "adagrad"
 

@@ -1,8 +1,8 @@
-"""Row rules: what an optimizer does to the rows that have a gradient, and which state columns it keeps in their records.
+"""Row rules: what an optimizer does to the rows that have a gradient, and the state columns it keeps in their records.
 
 A rule reads a torch param_group, so schedulers and hand-set hyper-parameters act. It never touches a row without a
 gradient: settings under which torch's rule would (momentum, weight decay) are refused with the reason.
-Sources: torch.optim.SGD, Adagrad and SparseAdam on sparse gradients; row-wise Adagrad as FBGEMM's EXACT_ROWWISE_ADAGRAD.
+Sources: torch.optim.SGD, Adagrad and SparseAdam on sparse gradients; row-wise Adagrad: FBGEMM's EXACT_ROWWISE_ADAGRAD.
 """
 
 import math
@@ -36,9 +36,9 @@ class RowRule:
         for name in self.refused:
             if group.get(name):
                 raise ValueError(
-                    f"{name}={group[name]!r} with {self.name}: it would move rows that have no gradient, at every step, "
-                    f"which a cached (and any sparsely trained) table cannot do exactly; set it to 0 for this parameter, "
-                    f"in a param_group of its own"
+                    f"{name}={group[name]!r} with {self.name}: it would move rows that have no gradient, at every "
+                    f"step, which a cached (and any sparsely trained) table cannot do exactly; set it to 0 for this "
+                    f"parameter, in a param_group of its own"
                 )
 
     def update(self, kernels, records, layout: RowLayout, slots, grads, group: dict[str, Any], step: int) -> None:

@@ -1,8 +1,8 @@
 """SlotTable: which row sits in which slot, what is dirty, what is in use. Every map change of the cache happens here.
 
 Knows nothing of stores, policies or values. Host arrays. Shapes: R rows (= ids) of all tables, C slots, n entries.
-The one array that grows with the table, slot_of_id, is on the host; it is zero where a row is absent, so that a fresh one
-is untouched zero pages. Source: MEASURED facts in docs/measured_facts.md (a map keyed by id halves the lookup).
+The one array that grows with the table, slot_of_id, is on the host; it is zero where a row is absent, so that a fresh
+one is untouched zero pages. Source: MEASURED facts in docs/measured_facts.md (a map keyed by id halves the lookup).
 """
 
 import numpy as np

@@ -1,12 +1,12 @@
 """What happens around every optimizer's step, whoever wrote the optimizer: two global torch hooks.
 
 torch.optim.SGD, Adagrad and SparseAdam are adapted: before their step our row rule is applied to the block with the
-group's hyper-parameters, and the gradient is hidden so that torch's arithmetic never reaches the block. Our own optimizers
-do that in their `step`. Any other optimizer that holds a block is refused: it would train slots, not rows.
+group's hyper-parameters, and the gradient is hidden so that torch's arithmetic never reaches the block. Our own
+optimizers do that in their `step`. Any other optimizer that holds a block is refused: it would train slots, not rows.
 After any step of an optimizer that holds a block, the rows of its gradient may leave the cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,9 +57,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
         if not any(parameter.requires_grad for _, parameter, _ in blocks):
             return None
         name = type(optimizer).__name__
+        ours = _REPLACEMENTS.get(name, "SGD, Adagrad, RowWiseAdagrad or Adam")
         raise RuntimeError(
-            f"{name} holds the block of a cached table and has no exact row rule: it would train cache slots, whose rows "
-            f"change. Use colossal_freqcache.optim.{_REPLACEMENTS.get(name, 'SGD, Adagrad, RowWiseAdagrad or Adam')} "
+            f"{name} holds the block of a cached table and has no exact row rule: it would train cache slots, whose "
+            f"rows change. Use colossal_freqcache.optim.{ours} "
             f"(dense parameters are welcome there), or torch.optim.SGD, Adagrad or SparseAdam"
         )
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -82,7 +83,7 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
     with_gradient = [(group, parameter, weight) for group, parameter, weight in blocks if parameter.grad is not None]
     for group, parameter, weight in with_gradient:
         weight.check_binding(optimizer, rule, group)
-        _check_foreign_state(optimizer.state[parameter], rule, weight)
+        _check_foreign_state(optimizer, optimizer.state[parameter], weight)
     for group, parameter, weight in with_gradient:
         if weight.owner is not optimizer:
             weight.bind(optimizer, rule, group, keep_slots=True)
@@ -92,13 +93,21 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
         weight.stash_gradient()
 
 
-def _check_foreign_state(state: dict, rule: RowRule, weight: CachedWeight) -> None:
+def _check_foreign_state(optimizer: torch.optim.Optimizer, state: dict, weight: CachedWeight) -> None:
     shape = (weight.cache.num_rows, weight.cache.layout.dim)
-    for name, value in state.items():
-        if name != "step" and torch.is_tensor(value) and _steps(state) > 0 and tuple(value.shape) != shape:
+    tensors = {name: value for name, value in state.items() if name != "step" and torch.is_tensor(value)}
+    if _steps(state) == 0:
+        return
+    if not tensors and weight.owner is not optimizer:
+        raise RuntimeError(
+            f"this {type(optimizer).__name__} has counted steps for a table that does not carry its state (a deep copy?)"
+            f": load its state_dict into an optimizer that is built for this table"
+        )
+    for name, value in tensors.items():
+        if tuple(value.shape) != shape:
             raise ValueError(
-                f"the optimizer's {name!r} has shape {tuple(value.shape)}; the table's is {shape}: load a state that was "
-                f"saved for this table"
+                f"the optimizer's {name!r} has shape {tuple(value.shape)}; the table's is {shape}: load a state that "
+                f"was saved for this table"
             )
 
 
@@ -115,7 +124,7 @@ def _steps(state: dict) -> float:
 
 
 def next_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: RowRule) -> int:
-    """Counts a step of `parameter` in the optimizer's state, in torch's form for its class; returns its number from 1."""
+    """Counts a step of `parameter` in the optimizer's state, in its torch class's form; returns its number from 1."""
     if not rule.counts_steps:
         return 1
     state = optimizer.state[parameter]

@@ -1,4 +1,4 @@
-"""Shared by all tests: hypothesis profile, the axes that equivalence tests run over, and small worlds that must evict."""
+"""Shared by all tests: hypothesis profile, the axes that equivalence tests run over, small worlds that must evict."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True, 
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Small tensors: a second thread only waits here (and much longer where the machine is shared). One test compares threads.
+# Small tensors: a second thread only waits here (much longer where the machine is shared). One test compares threads.
 torch.set_num_threads(1)
 
 KERNEL_SETS = ("cpu", "torch")

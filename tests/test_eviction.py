@@ -403,7 +403,7 @@ def work_of_calls(strategy, num_slots, num_rows, touches):
         slots = np.arange(8, dtype=np.int32)
         new_rows = np.arange(num_rows - 8, num_rows)
         work = [lines_run(world.policy.touch, slots), lines_run(world.policy.evict, 8, world)]
-        return work + [lines_run(world.policy.admit, slots, new_rows)]
+        return [*work, lines_run(world.policy.admit, slots, new_rows)]
 
 
 @every_policy

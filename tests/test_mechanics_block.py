@@ -103,7 +103,7 @@ def test_binding_that_changes_the_shape_needs_quiet():
 
 
 def test_foreign_optimizer_keeps_the_shape_and_respects_the_limit():
-    """Bound at its first step, torch's Adagrad may not shrink the block: over the limit it raises and names optimizer=."""
+    """Bound at its first step, torch's Adagrad may not shrink the block: it raises and names optimizer=."""
     bag = make_bag(None, max_cache_bytes=60 * ROW)
     optimizer = torch.optim.Adagrad(bag.parameters(), lr=0.05)
     bag(torch.tensor([[1, 2]])).sum().backward()

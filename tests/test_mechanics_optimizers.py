@@ -2,8 +2,8 @@
 `pytest tests/test_mechanics_optimizers.py`
 
 Proves: torch's arithmetic never reaches the block; torch SGD, Adagrad and SparseAdam train the same bits as ours, with
-closures, skipped and failing steps; state dicts are logical and load into torch's classes and back; what has no exact row
-rule raises and names the replacement. Every training loop here evicts.
+closures, skipped and failing steps; state dicts are logical and load into torch's classes and back; what has no exact
+row rule raises and names the replacement. Every training loop here evicts.
 """
 
 import copy
@@ -83,7 +83,7 @@ def test_adapted_optimizers_train_the_bits_of_ours(name, closure):
 
 
 def test_block_never_reaches_torch_arithmetic():
-    """More than 100 unique rows a step through records of [weight | state]: torch's own SGD would raise on that view."""
+    """Over 100 unique rows a step through records of [weight | state]: torch's own SGD would raise on that view."""
     bag = make_bag(300, num_rows=2000, optimizer="sgd")
     bag.drop_optimizer_state()
     optimizer = torch.optim.SGD(bag.parameters(), lr=0.05)
@@ -112,7 +112,7 @@ def test_adapted_gradient_is_back_after_the_step():
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_gradient_comes_back_when_a_step_raises(ours):
-    """A dense parameter on which the step raises: the block's gradient is there again before the next forward or step."""
+    """The step raises on a dense parameter: the block's gradient is there again before the next forward or step."""
     bag = make_bag()
     dense = nn.Parameter(torch.ones(3))
     if ours:
@@ -285,7 +285,7 @@ def test_training_goes_on_in_torch_and_back(name):
 
 
 def test_resume_is_bit_equal(optimizer, policy):
-    """state_dict of bag and optimizer into fresh ones of another size and policy: the same bits as unbroken training."""
+    """state_dict of bag and optimizer into fresh ones of other size and policy: the same bits as unbroken training."""
     stay, stay_optimizer = trained_bag(lambda parameters: make_optimizer(optimizer, parameters), evict_strategy=policy)
     saved = copy.deepcopy((stay.state_dict(), stay_optimizer.state_dict()))
     bag = make_bag(60, seed=9, evict_strategy="lru")
@@ -371,6 +371,25 @@ def test_new_optimizer_of_the_same_kind_starts_afresh(optimizer):
     bag(torch.tensor([[1]])).sum().backward()
     with pytest.raises(RuntimeError, match="replaced"):
         old.step()
+
+
+@pytest.mark.parametrize("make", [optim.Adagrad, optim.Adam, torch.optim.Adagrad, torch.optim.SparseAdam])
+def test_optimizer_copied_with_its_model_does_not_step_without_its_state(make):
+    """A copy of model and optimizer: the rows of the copy have no optimizer state, so its step raises, saying so."""
+    bag, optimizer = trained_bag(lambda parameters: make(parameters, lr=0.05))
+    twin, twin_optimizer = copy.deepcopy((bag, optimizer))
+    assert twin_optimizer.param_groups[0]["params"][0] is twin.weight
+    twin(torch.tensor([[1]])).sum().backward()
+    with pytest.raises(RuntimeError, match="deep copy"):
+        twin_optimizer.step()
+    twin.zero_grad()
+    fresh = make(twin.parameters(), lr=0.05)
+    restarted = make_bag(seed=9)
+    restarted.load_state_dict(bag.state_dict())
+    restarted_optimizer = make(restarted.parameters(), lr=0.05)
+    train(twin, fresh, 10)
+    train(restarted, restarted_optimizer, 10)
+    assert_same_bits(everything(twin, fresh), everything(restarted, restarted_optimizer))
 
 
 def test_another_kind_of_optimizer_is_refused_until_the_state_is_dropped():

@@ -105,7 +105,7 @@ def test_evaluation_in_grad_mode_whose_output_is_dropped():
 
 
 def test_graph_that_dies_in_another_thread_is_released_by_the_training_thread():
-    """The finalizer only notes the token: pins change when the training thread comes by, not in the thread that collects."""
+    """The finalizer only notes the token: pins change in the training thread's next call, not where it is collected."""
     bag = tight_bag()
     graphs = [bag(A)]
     pins = in_use(bag)

@@ -57,7 +57,7 @@ class EvictionPolicy(Protocol):
         """Bytes of each part. A part that grows with the number of rows has "host" in its key; the others do not."""
 
 
-class EvictionStrategy(str, Enum):
+class EvictionStrategy(str, Enum):  # noqa: UP042 (StrEnum would change str() and format() of the members)
     """The policies by name; each member equals its name as a string."""
 
     DATASET = "dataset"

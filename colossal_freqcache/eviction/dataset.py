@@ -133,6 +133,8 @@ def _choose(words, level_start, num_rows, in_use, slot_of_id, id_of_row, victims
 
 
 class DatasetPolicy:
+    """The policy "dataset": resident rows in a bitset of several levels, R/8 bytes; the largest row leaves first."""
+
     name = "dataset"
 
     # D1  bit r of level 0 is set  <=>  row r is resident
@@ -143,7 +145,7 @@ class DatasetPolicy:
         while len(level_words) < 2 or level_words[-1] > 1:  # two at least: level 0 is walked through level 1
             level_words.append((level_words[-1] + 63) // 64)
         self._num_rows = num_rows
-        self._level_start = np.cumsum([0] + level_words[:-1])
+        self._level_start = np.cumsum([0, *level_words[:-1]])
         self._words = np.zeros(sum(level_words), np.uint64)
 
     def admit(self, slots: np.ndarray, rows: np.ndarray) -> None:

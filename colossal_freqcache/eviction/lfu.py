@@ -79,6 +79,8 @@ def _evict(links, age, in_use, victims):
 
 
 class LfuPolicy:
+    """The policy "lfu": the C slots in 256 rings, one per priority; the slot used least often, with ageing, leaves."""
+
     name = "lfu"
 
     def __init__(self, num_slots: int, num_rows: int) -> None:

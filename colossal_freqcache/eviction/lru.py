@@ -48,6 +48,8 @@ def _evict(links, in_use, victims):
 
 
 class LruPolicy:
+    """The policy "lru": the C slots in one ring, in order of last use; the slot used longest ago leaves first."""
+
     name = "lru"
 
     def __init__(self, num_slots: int, num_rows: int) -> None:

@@ -134,6 +134,8 @@ def _evict(newer, newest, sizes, uses, small_share, ghost_rows, ghost_stamps, gh
 
 
 class S3FifoPolicy:
+    """The policy "s3fifo": the C slots in two queues, small and main, and a memory, ghost, of rows that left small."""
+
     name = "s3fifo"
 
     # Q1  a resident slot is in exactly one queue, a free one in none; sizes[q] is the length of queue q

@@ -52,7 +52,7 @@ class Kernels(Protocol):
     def pool_backward(
         self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places
     ):
-        """values[place_of_unique[u]] = sum over u's positions, in batch order, of the adjoint of `pool`: (num_places, D)."""
+        """values[place_of_unique[u]] = sum of `pool`'s adjoint over u's positions, in batch order: (num_places, D)."""
 
     def pool_max_backward(self, grad, unique_of_position, offsets, chosen, place_of_unique, num_places):
         """The same for `pool_max`: each bag's gradient goes to the position that was chosen."""

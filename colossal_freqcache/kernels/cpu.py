@@ -195,7 +195,7 @@ def _count_positions(unique_of_position, num_unique):
 def _pool_backward(
     grad, unique_of_position, offsets, weights, weighted, mean, positions, scaled, place_of_unique, values
 ):
-    """A row is touched first where its number is the next one: numbers go by first occurrence, so nothing is cleared."""
+    """A row's first touch is where its number is the next one: numbers go by first occurrence; nothing is cleared."""
     bags_per_table = grad.shape[0]
     dim = grad.shape[2]
     next_unique = 0
@@ -513,6 +513,6 @@ def _block(records: torch.Tensor):
 
 
 def _empty_output(offsets: torch.Tensor, num_tables: int, dim: int, dtype: torch.dtype) -> np.ndarray:
-    """An uninitialised (B, T, D) array. numpy asks for huge pages where torch.empty faults in 4-KiB ones (25x slower)."""
+    """An uninitialised (B, T, D) array. numpy asks for huge pages; torch.empty faults in 4-KiB ones (25x slower)."""
     shape = ((offsets.numel() - 1) // num_tables, num_tables, dim)
     return np.empty(shape, np.float32 if dtype == torch.float32 else np.float64)

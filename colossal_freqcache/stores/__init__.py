@@ -1,4 +1,4 @@
-"""Row stores: where all rows of a table live. A store knows rows and records, nothing of ids, slots' owners or policies.
+"""Row stores: where all rows of a table live. A store knows rows and records; not ids, slots' owners or policies.
 
 `RowStore` is the whole surface; `make_store` chooses one. Shapes: R rows, W record width, n rows moved.
 """
