@@ -100,8 +100,8 @@ def _check_foreign_state(optimizer: torch.optim.Optimizer, state: dict, weight: 
         return
     if not tensors and weight.owner is not optimizer:
         raise RuntimeError(
-            f"this {type(optimizer).__name__} has counted steps for a table that does not carry its state (a deep copy?)"
-            f": load its state_dict into an optimizer that is built for this table"
+            f"this {type(optimizer).__name__} has counted steps for a table without its state (a deep copy?):"
+            f" load its state_dict into an optimizer that is built for this table"
         )
     for name, value in tensors.items():
         if tuple(value.shape) != shape:
