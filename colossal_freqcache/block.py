@@ -72,7 +72,14 @@ class CachedWeight:
         self.max_state_dict_bytes = 2 << 30
         self.parameter = nn.Parameter(cache.records[:, : cache.layout.dim])
         self.parameter._freqcache_weight = self
-        self.parameter.register_post_accumulate_grad_hook(self._flag_coalesced)
+        weak_self = weakref.ref(self)  # torch's hooks hold what garbage collection cannot see: a cycle would never go
+
+        def flag_coalesced(parameter: torch.Tensor) -> None:
+            weight = weak_self()
+            if weight is not None:
+                weight._flag_coalesced(parameter)
+
+        self.parameter.register_post_accumulate_grad_hook(flag_coalesced)
         self._dead: deque[Token] = deque()
         self._spent: list[Token] = []
         self._adds_to_sorted = True  # `.grad` was absent or sorted when the last backward returned
@@ -273,7 +280,7 @@ class CachedWeight:
         self.state_is_initial = False
 
     def after_step(self) -> None:
-        """The optimizer has used the gradient: its rows may leave; adding to it, or stepping it later, is refused."""
+        """The gradient was used: its rows may leave. Adding to it, or stepping it once rows have moved, is refused."""
         self.restore_stash()
         self._release_spent()
         if self._has_gradient():

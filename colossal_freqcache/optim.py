@@ -178,7 +178,7 @@ class SGD(_RowOptimizer, torch.optim.SGD):
 
 
 class Adagrad(_RowOptimizer, torch.optim.Adagrad):
-    """torch.optim.Adagrad; rows of cached tables as its sparse gradients: s += g*g; w -= lr * g / (sqrt(s) + eps)."""
+    """torch.optim.Adagrad; cached rows as it treats sparse gradients: s += g*g; w -= lr * g / (sqrt(s) + eps)."""
 
     rule_name = "adagrad"
 

@@ -5,8 +5,10 @@ what is made in inference mode serves training; copies are copies of the logical
 """
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -251,6 +253,17 @@ def test_load_in_the_middle_of_a_gradient_is_what_the_next_forward_sees():
     assert torch.equal(bag(torch.tensor([[1]])), torch.ones(1, DIM))
     with pytest.raises(RuntimeError, match="updated"):
         out.sum().backward()
+
+
+def test_a_bag_is_let_go():
+    """Nothing that torch or the hooks hold keeps a trained bag's table alive once the bag is gone."""
+    bag = make_bag()
+    optimizer = make_optimizer("Adagrad", bag.parameters())
+    train(bag, optimizer)
+    held = weakref.ref(bag._cache)
+    del bag, optimizer
+    gc.collect()
+    assert held() is None
 
 
 def test_too_large_a_batch_changes_nothing():

@@ -104,10 +104,12 @@ class TorchKernels:
         return grad.new_zeros(num_places, grad.shape[2]).index_add_(0, place_of_unique.long()[unique], rows)
 
     def pool_max_backward(self, grad, unique_of_position, offsets, chosen, place_of_unique, num_places):
-        values = grad.new_zeros(num_places, grad.shape[2])
+        dim = grad.shape[2]
         bags, lanes = (chosen >= 0).nonzero(as_tuple=True)
         places = place_of_unique.long()[unique_of_position[chosen[bags, lanes]].long()]
-        return values.index_put_((places, lanes), _table_major(grad)[bags, lanes], accumulate=True)
+        # index_add_ goes in order; index_put_(accumulate=True) does not where torch has several threads.
+        values = grad.new_zeros(num_places * dim).index_add_(0, places * dim + lanes, _table_major(grad)[bags, lanes])
+        return values.view(num_places, dim)
 
     def weight_gradient(self, grad, records, dim, slot_of_unique, unique_of_position, offsets):
         bag, kept = _bag_of_position(offsets, unique_of_position)

@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop after this many batches")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--threads", type=int, help="threads of torch and of the cache's kernels")
+    parser.add_argument("--threads", type=int, help="threads of torch (the cache's kernels are serial)")
     parser.add_argument("--data", help="purchases, a Criteo TSV file, or a folder of day_N_{dense,sparse,labels}.npy")
     parser.add_argument("--synthetic", metavar="PRESET", help="kaggle, tb40m, avazu, meta or uniform")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
