@@ -13,6 +13,7 @@ about to be accumulated).
 """
 
 import contextlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -70,19 +71,23 @@ class CachedWeight:
         self.version = 0
         self.num_tokens = 0
         self.max_state_dict_bytes = 2 << 30
-        self.parameter = nn.Parameter(cache.records[:, : cache.layout.dim])
+        # `.data`: a version counter of its own, which goes up where users edit the Parameter, and not in our kernels.
+        self.parameter = nn.Parameter(cache.records.data[:, : cache.layout.dim])
         self.parameter._freqcache_weight = self
         weak_self = weakref.ref(self)  # torch's hooks hold what garbage collection cannot see: a cycle would never go
 
         def flag_coalesced(parameter: torch.Tensor) -> None:
             weight = weak_self()
-            if weight is not None:
+            if weight is not None and parameter.grad is not None:
                 weight._flag_coalesced(parameter)
 
         self.parameter.register_post_accumulate_grad_hook(flag_coalesced)
+        self.lock = threading.RLock()  # one lookup at a time; a backward beside another thread's forward is not covered
         self._dead: deque[Token] = deque()
         self._spent: list[Token] = []
         self._adds_to_sorted = True  # `.grad` was absent or sorted when the last backward returned
+        self._left_over: weakref.ref | None = None  # a gradient that was stepped by a step that then raised
+        self._seen_version = self.parameter._version
         self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
         self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
         self._moves_at_step = 0
@@ -112,13 +117,38 @@ class CachedWeight:
         """Releases what nobody needs any more. The training thread calls it as a forward, prefetch or flush starts."""
         if torch._C._current_graph_task_id() != -1:  # a forward that is recomputed inside a backward
             return
-        self.restore_stash()
+        self._check_edits()
+        if self._stash is not None:  # a step raised after the rows were trained
+            if self.parameter.grad is None:
+                self.after_step()
+                self._left_over = weakref.ref(self.parameter.grad)
+            self._stash = None  # else another graph's backward has put its own gradient there since
         while self._dead:
             token = self._dead.popleft()
             if token.state == HELD:
                 self.release(token)
         if self._spent and not self._has_gradient():
             self._release_spent()
+
+    def _check_edits(self) -> None:
+        """Refuses in-place edits of the block that are no update by a gradient: they reach the resident rows only."""
+        version = self.parameter._version
+        if version != self._seen_version:
+            self._seen_version = version
+            if not self._spent:
+                raise RuntimeError(
+                    "the block of a cached table was changed in place (by an initialiser, an average of weights, a "
+                    "broadcast?): it holds slots, not the table. Use init_() or load_state_dict(), and "
+                    "logical_weight() to read"
+                )
+
+    def check_in_place(self, parameter: torch.Tensor) -> None:
+        """Refuses a lookup while something else stands in the block's place (it would not be looked at)."""
+        if parameter is not self.parameter or parameter.data_ptr() != self.cache.records.data_ptr():
+            raise RuntimeError(
+                "bag.weight was replaced (by assignment, .data, functional_call, a parametrization?): it is the "
+                "cache's own block. Use load_state_dict() or init_() to set the table"
+            )
 
     def _has_gradient(self) -> bool:
         grad = self.parameter.grad
@@ -138,7 +168,11 @@ class CachedWeight:
                 "backward through a lookup whose rows were released: an optimizer stepped, or the gradient was cleared,"
                 " since its first backward (retain_graph across a step). Run the forward again"
             )
-        if needs_gradient and self._stepped_gradient() is not None:
+        if needs_gradient and self._left_over is not None:
+            if self._left_over() is self.parameter.grad:  # its rows were trained by it: it must not count again
+                self.parameter.grad = None
+            self._left_over = None
+        if needs_gradient and self._is_stepped():
             raise RuntimeError(
                 "backward would add to a gradient that an optimizer has already stepped: call zero_grad() after step()"
             )
@@ -157,8 +191,11 @@ class CachedWeight:
 
     def _flag_coalesced(self, parameter: torch.Tensor) -> None:
         """torch drops the flag where a first gradient becomes `.grad`; without it, later sums would not be merges."""
-        if self._adds_to_sorted and parameter.grad.is_sparse:
-            parameter.grad._coalesced_(True)
+        grad = parameter.grad
+        if self._adds_to_sorted and grad.is_sparse and not grad.is_coalesced():
+            slots = grad._indices()[0]
+            if (slots[1:] > slots[:-1]).all():
+                grad._coalesced_(True)
 
     def after_backward(self, token: Token) -> None:
         """From here on the token's slots stand in a gradient."""
@@ -230,6 +267,7 @@ class CachedWeight:
                 self.require_quiescent(f"changing the block from {self.cache.ceiling} to {ceiling} slots")
         self.cache.relayout(layout, keep_slots)
         self.parameter.data = self.cache.records[:, : layout.dim]
+        self._seen_version = self.parameter._version
 
     def require_quiescent(self, what: str) -> None:
         """Raises RuntimeError while a graph or a gradient still holds slots."""
@@ -242,20 +280,21 @@ class CachedWeight:
                 f"step() and zero_grad(), with no output of the bag alive"
             )
 
-    def step(self, group: dict, step: int) -> None:
-        """Applies the rule to the rows of `.grad`, as step number `step` (from 1)."""
+    def step(self, group: dict, step: int, scale: float = 1.0) -> None:
+        """Applies the rule to the rows of `.grad` divided by `scale`, as step number `step` (from 1)."""
         grad = self.parameter.grad
         if not grad.is_sparse or tuple(grad.shape) != tuple(self.parameter.shape):
             raise RuntimeError(
                 f"the gradient of a cached table is sparse over its {self.cache.ceiling} slots; found a "
                 f"{'sparse' if grad.is_sparse else 'dense'} one of shape {tuple(grad.shape)}"
             )
-        if self._stepped_gradient() is not None and self._moves_at_step != self.cache.moves:
-            raise RuntimeError(
-                "this gradient was stepped before, and rows have moved since: its slots hold other rows now. "
-                "Call zero_grad() after step()"
-            )
         slots = grad._indices()[0]
+        again = self._is_stepped() and self._moves_at_step == self.cache.moves
+        if not again and (self._is_stepped(grad) or bool((self.cache.slots.pins[slots] == 0).any())):
+            raise RuntimeError(
+                "this gradient was stepped, or taken out of .grad, before a later forward, and rows have moved since: "
+                "its slots hold other rows now. Call zero_grad() after step(), and step before the next forward"
+            )
         if not grad.is_coalesced() and not bool((slots[1:] > slots[:-1]).all()):
             raise RuntimeError(
                 "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend "
@@ -265,6 +304,10 @@ class CachedWeight:
             return
         with plain_mode():
             values = grad._values().detach().contiguous()
+            if scale != 1.0:
+                values = values / scale
+            if group.get("maximize"):
+                values = -values
             slots = slots.int()
             self.cache.mark_dirty(slots)
             self.rule.update(
@@ -272,7 +315,7 @@ class CachedWeight:
                 self.cache.records,
                 self.cache.layout,
                 slots,
-                -values if group.get("maximize") else values,
+                values,
                 group,
                 step,
             )
@@ -283,17 +326,17 @@ class CachedWeight:
         """The gradient was used: its rows may leave. Adding to it, or stepping it once rows have moved, is refused."""
         self.restore_stash()
         self._release_spent()
+        self._left_over = None
         if self._has_gradient():
             self._stepped = weakref.ref(self.parameter.grad)
             self._moves_at_step = self.cache.moves
 
-    def _stepped_gradient(self) -> torch.Tensor | None:
-        """`.grad`, if it was stepped and not cleared since."""
-        grad = self.parameter.grad
-        if self._stepped is None or grad is None or self._stepped() is not grad or not self._has_gradient():
+    def _is_stepped(self, grad: torch.Tensor | None = None) -> bool:
+        """Whether `.grad` was stepped and not cleared since, also by a scaled copy; or `grad` itself was."""
+        if self._stepped is None or not self._has_gradient():
             self._stepped = None
-            return None
-        return grad
+            return False
+        return grad is None or self._stepped() is grad
 
     def stash_gradient(self) -> None:
         """Hides `.grad` from a foreign optimizer's step, until `restore_stash`."""
@@ -314,6 +357,7 @@ class CachedWeight:
         Raises:
             ValueError: it would pass `max_state_dict_bytes`.
         """
+        self._check_edits()
         stop = self.cache.num_rows if stop is None else stop
         columns = self.cache.layout.columns(column)
         width = columns.stop - columns.start

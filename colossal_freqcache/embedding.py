@@ -5,6 +5,7 @@ Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weigh
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -134,6 +135,13 @@ class _CachedBags(nn.Module):
     def _lookup(self, batch: _Batch) -> torch.Tensor:
         """(B, T, D): pooled rows, recorded by autograd where a gradient is wanted."""
         weight = self._cached_weight
+        weight.check_in_place(self.weight)
+        if torch.jit.is_tracing():
+            raise RuntimeError("a cached table cannot be traced: which rows are resident changes with every batch")
+        with weight.lock:
+            return self._locked_lookup(batch, weight)
+
+    def _locked_lookup(self, batch: _Batch, weight: CachedWeight) -> torch.Tensor:
         wants_graph = torch.is_grad_enabled() and (
             weight.parameter.requires_grad or (batch.weights is not None and batch.weights.requires_grad)
         )
@@ -236,7 +244,7 @@ class _CachedBags(nn.Module):
         return _Batch(values, offsets.contiguous(), weights)
 
     def _prefetch(self, batch: _Batch) -> None:
-        with plain_mode():
+        with self._cached_weight.lock, plain_mode():
             self._cached_weight.settle()
             self._cache.prefetch(batch.values, batch.offsets, self._padding_ids)
 
@@ -272,7 +280,7 @@ class _CachedBags(nn.Module):
 
     def flush(self) -> None:
         """Writes every dirty row back to the store; the cache stays warm."""
-        with plain_mode():
+        with self._cached_weight.lock, plain_mode():
             self._cached_weight.settle()
             self._cache.flush()
 
@@ -353,8 +361,8 @@ class _CachedBags(nn.Module):
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         nn.Module.__init__(copy)
-        own = ("_cache", "_cached_weight", "_parameters", "_buffers", "_modules")
-        copy.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        own = ("_cache", "_cached_weight", "_parameters")
+        copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own})
         with plain_mode():
             weight.settle()
             copy._cache = self._cache.clone()
@@ -698,8 +706,12 @@ class _Pooling:
         self.scale_by_freq = bags.scale_grad_by_freq
         self.lookup = lookup
         self.token = token
-        self.version = self.weight.version
+        self.version = self.rows_version()
         self.chosen: torch.Tensor | None = None
+
+    def rows_version(self) -> tuple[int, int]:
+        """Changes whenever rows change: by our updates, or by hand through the Parameter."""
+        return self.weight.version, self.weight.parameter._version
 
     def forward(self, weights: torch.Tensor | None) -> torch.Tensor:
         """(B, T, D); `weights`: per_sample_weights (N,) or None."""
@@ -737,7 +749,7 @@ class _Pooling:
         return gradient, weights_gradient
 
     def _weights_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        if self.version != self.weight.version:
+        if self.version != self.rows_version():
             raise RuntimeError(
                 "the gradient of per_sample_weights needs the rows as they were in the forward, and they were updated "
                 "since (by a step, a load or max_norm): run backward before that"
@@ -754,6 +766,7 @@ class _PoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parameter: torch.Tensor, per_sample_weights: torch.Tensor | None, pooling: _Pooling):
         ctx.pooling = pooling
+        ctx.set_materialize_grads(False)
         if per_sample_weights is not None:
             ctx.save_for_backward(per_sample_weights)  # torch raises if they were changed in place by the backward
         out = pooling.forward(per_sample_weights)
@@ -763,7 +776,11 @@ class _PoolFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        weights = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        if grad is None:  # nothing downstream depends on the output
+            ctx.pooling.weight.after_backward(ctx.pooling.token)
+            return None, None, None
+        saved = ctx.saved_tensors
+        weights = saved[0] if saved else None
         return (*ctx.pooling.backward(grad, weights, *ctx.needs_input_grad[:2]), None)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .block import CachedWeight, cached_weight_of, plain_mode
 from .row_rules import RowRule, make_rule
-from .step_hooks import blocks_of, make_state_dict_logical, next_step
+from .step_hooks import amp_scale, blocks_of, make_state_dict_logical, next_step, reset_forgotten_state
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "clip_grad_norm_", "to_sparse_adam"]
 
@@ -49,19 +49,25 @@ class _RowOptimizer:
         if self.rule_name in ("adagrad", "rowwise_adagrad"):  # torch's Adagrad has its state from the constructor on
             self.state[parameter] = {"step": torch.tensor(0.0)}
 
-    def _bind_at_step(self, group: dict, parameter: torch.Tensor, weight: CachedWeight) -> None:
-        """A table that was frozen when this optimizer was built, or a copy of one."""
-        if self.state.get(parameter, {}).get("step", 0) > 0:
+    def _check_steps(self, parameter: torch.Tensor, weight: CachedWeight) -> None:
+        """A table that is not bound yet (it was frozen) has no steps behind it; a deep copy of a bound one has."""
+        if weight.owner is not self and self.state.get(parameter, {}).get("step", 0) > 0:
             raise RuntimeError(
                 f"this {type(self).__name__} has counted steps for a table that does not carry its state (a deep copy?)"
                 f": load its state_dict into an optimizer that is built for this table"
             )
-        self._bind(group, parameter, weight, keep_slots=True)
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; a cached table in it is bound to this optimizer."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            for parameter in group["params"]:
+                if cached_weight_of(parameter) is not None:
+                    cached_weight_of(parameter).check_binding(self, self._rule(), group)
+        except Exception:
+            self.param_groups.pop()
+            raise
         for parameter in group["params"]:
             weight = cached_weight_of(parameter)
             if weight is not None and parameter.requires_grad:
@@ -74,13 +80,17 @@ class _RowOptimizer:
             with torch.enable_grad():
                 loss = closure()
         with_gradient = [block for block in blocks_of(self) if block[1].grad is not None]
-        for group, _, weight in with_gradient:
+        for group, parameter, weight in with_gradient:
             weight.check_binding(self, self._rule(), group)
+            self._check_steps(parameter, weight)
+        scale = amp_scale(self)
         try:
             for group, parameter, weight in with_gradient:
                 if weight.owner is not self:
-                    self._bind_at_step(group, parameter, weight)
-                weight.step(group, next_step(self, parameter, weight.rule))
+                    self._bind(group, parameter, weight, keep_slots=True)
+                if scale is not None:
+                    reset_forgotten_state(self, parameter, weight)
+                    weight.step(group, next_step(self, parameter, weight.rule), scale)
                 weight.stash_gradient()
             self._step_dense()
         finally:
@@ -107,6 +117,8 @@ class _RowOptimizer:
         if len(numbers) != len(parameters):
             raise ValueError(f"the state has {len(numbers)} parameters, this optimizer {len(parameters)}")
         states = dict(state_dict["state"])
+        # SparseAdam's groups lack what only dense parameters need.
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         of_blocks = []
         for number, parameter in zip(numbers, parameters, strict=True):
             weight = cached_weight_of(parameter)
@@ -114,7 +126,7 @@ class _RowOptimizer:
                 state = states.pop(number, {})
                 self._check_block_state(weight, state)
                 of_blocks.append((parameter, weight, state))
-        super().load_state_dict({**state_dict, "state": states})
+        super().load_state_dict({**state_dict, "state": states, "param_groups": groups})
         groups = {id(parameter): group for group, parameter, _ in blocks_of(self)}
         for parameter, weight, state in of_blocks:
             if weight.owner is not self:

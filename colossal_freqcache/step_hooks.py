@@ -15,7 +15,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from .block import CachedWeight, cached_weight_of
 from .row_rules import RowRule, make_rule
 
-__all__ = ["blocks_of", "install_step_hooks", "make_state_dict_logical", "next_step"]
+__all__ = [
+    "amp_scale",
+    "blocks_of",
+    "install_step_hooks",
+    "make_state_dict_logical",
+    "next_step",
+    "reset_forgotten_state",
+]
 
 ADAPTED = {torch.optim.SGD: "sgd", torch.optim.Adagrad: "adagrad", torch.optim.SparseAdam: "adam"}
 
@@ -64,18 +71,25 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
             f"(dense parameters are welcome there), or torch.optim.SGD, Adagrad or SparseAdam"
         )
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    if closure is None:
-        _apply_rows(optimizer, blocks)
-        return None
 
-    def closure_then_rows() -> Any:  # torch calls the closure first; rows are stepped on its gradients
-        loss = closure()
-        _apply_rows(optimizer, blocks)
+    def closure_then_rows() -> Any:
+        """torch calls it inside its step: after all pre-hooks, and the user's closure has made the gradients."""
+        loss = None if closure is None else closure()
+        _apply_rows(optimizer, list(blocks_of(optimizer)))
         return loss
 
     if "closure" in kwargs:
         return args, {**kwargs, "closure": closure_then_rows}
     return (args[0], closure_then_rows, *args[2:]), kwargs
+
+
+def amp_scale(optimizer: torch.optim.Optimizer) -> float | None:
+    """By what a GradScaler wants a fused optimizer's gradients divided; None where it wants the step left out."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and float(found_inf) > 0:
+        return None
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch.Tensor, CachedWeight]]) -> None:
@@ -84,12 +98,17 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
     for group, parameter, weight in with_gradient:
         weight.check_binding(optimizer, rule, group)
         _check_foreign_state(optimizer, optimizer.state[parameter], weight)
+    scale = amp_scale(optimizer)
     for group, parameter, weight in with_gradient:
         if weight.owner is not optimizer:
             weight.bind(optimizer, rule, group, keep_slots=True)
             optimizer.register_state_dict_post_hook(make_state_dict_logical)
-        _import_foreign_state(optimizer.state[parameter], weight)
-        weight.step(group, next_step(optimizer, parameter, rule))
+            handle = optimizer.register_step_post_hook(_restore_gradients)
+            optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # before the user's own
+        if scale is not None:
+            _import_foreign_state(optimizer.state[parameter], weight)
+            reset_forgotten_state(optimizer, parameter, weight)
+            weight.step(group, next_step(optimizer, parameter, rule), scale)
         weight.stash_gradient()
 
 
@@ -117,6 +136,17 @@ def _import_foreign_state(state: dict, weight: CachedWeight) -> None:
         value = state.pop(name)
         if _steps(state) > 0 and name in weight.cache.layout.state_names():
             weight.set_logical(name, value)
+
+
+def reset_forgotten_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, weight: CachedWeight) -> None:
+    """The optimizer's state was cleared, or rolled back to before its first step: the rows' state follows."""
+    if weight.rule.counts_steps and _steps(optimizer.state[parameter]) == 0 and not weight.state_is_initial:
+        weight.reset_state()
+
+
+def _restore_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    for _, _, weight in blocks_of(optimizer):
+        weight.restore_stash()
 
 
 def _steps(state: dict) -> float:
