@@ -280,8 +280,8 @@ class CachedWeight:
                 f"step() and zero_grad(), with no output of the bag alive"
             )
 
-    def step(self, group: dict, step: int, scale: float = 1.0) -> None:
-        """Applies the rule to the rows of `.grad` divided by `scale`, as step number `step` (from 1)."""
+    def check_gradient(self) -> None:
+        """Raises RuntimeError for a `.grad` that cannot be stepped: dense, unsorted, or of rows that have moved."""
         grad = self.parameter.grad
         if not grad.is_sparse or tuple(grad.shape) != tuple(self.parameter.shape):
             raise RuntimeError(
@@ -300,6 +300,11 @@ class CachedWeight:
                 "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend "
                 "on where rows sit; scale it in place (grad.mul_) instead of adding sparse tensors to it"
             )
+
+    def step(self, group: dict, step: int, scale: float = 1.0) -> None:
+        """Applies the rule to the rows of the checked `.grad` divided by `scale`, as step number `step` (from 1)."""
+        grad = self.parameter.grad
+        slots = grad._indices()[0]
         if not slots.numel():
             return
         with plain_mode():

@@ -165,12 +165,12 @@ class _CachedBags(nn.Module):
         lookup = self._cache.prepare(batch.values, batch.offsets, self._padding_ids)
         if self.max_norm is not None:
             try:
-                self._renormalize(lookup.slot_of_unique)
                 padding = self._padding_in(batch)
                 if padding is not None:  # nn.EmbeddingBag renormalises every row of the input, padding too
-                    looked_up = self._cache.prepare(*padding, self._no_padding, counted=False)
-                    self._renormalize(looked_up.slot_of_unique)
-                    self._cache.unpin(looked_up.slot_of_unique)
+                    slots = self._cache.prepare(*padding, self._no_padding, counted=False).slot_of_unique
+                    self._cache.unpin(slots)  # nothing evicts before the next prepare
+                    self._renormalize(slots)
+                self._renormalize(lookup.slot_of_unique)
             except BaseException:
                 self._cache.unpin(lookup.slot_of_unique)
                 raise
@@ -178,8 +178,8 @@ class _CachedBags(nn.Module):
 
     def _renormalize(self, slots: torch.Tensor) -> None:
         cache = self._cache
-        cache.mark_dirty(slots)
         changed = cache.kernels.renormalize(cache.records, self.embedding_dim, slots, self.max_norm, self.norm_type)
+        cache.mark_dirty(slots[changed])
         self._cached_weight.version += int(changed.any())
 
     def _padding_in(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor] | None:

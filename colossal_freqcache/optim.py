@@ -82,6 +82,7 @@ class _RowOptimizer:
         with_gradient = [block for block in blocks_of(self) if block[1].grad is not None]
         for group, parameter, weight in with_gradient:
             weight.check_binding(self, self._rule(), group)
+            weight.check_gradient()
             self._check_steps(parameter, weight)
         scale = amp_scale(self)
         try:

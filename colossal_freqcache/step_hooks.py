@@ -97,6 +97,7 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
     with_gradient = [(group, parameter, weight) for group, parameter, weight in blocks if parameter.grad is not None]
     for group, parameter, weight in with_gradient:
         weight.check_binding(optimizer, rule, group)
+        weight.check_gradient()
         _check_foreign_state(optimizer, optimizer.state[parameter], weight)
     scale = amp_scale(optimizer)
     for group, parameter, weight in with_gradient:

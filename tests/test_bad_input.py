@@ -275,6 +275,18 @@ def test_a_prefetch_larger_than_the_ceiling_changes_nothing(kernels):
     assert_refused(bag, lambda: bag.prefetch(torch.arange(31)), CacheTooSmallError, "31 rows", str(SLOTS))
 
 
+def test_a_padding_row_that_does_not_fit_changes_no_value(kernels):
+    """max_norm renormalises the padding row as well; where it finds no slot, no row has been renormalised yet."""
+    bag = FreqAwareEmbeddingBag(
+        40, 2, max_norm=0.1, padding_idx=0, num_slots=3, max_cache_bytes=3 * 2 * 4, kernels=kernels
+    )
+    before = bag.logical_weight()
+    with pytest.raises(CacheTooSmallError):
+        bag(torch.tensor([[1, 2, 3, 0]]))
+    assert torch.equal(bag.logical_weight(), before) and bag._cache.slots.num_pinned == 0
+    bag._cache.check()
+
+
 def test_too_small_is_a_value_error():
     assert issubclass(CacheTooSmallError, ValueError)
 

@@ -69,6 +69,16 @@ def test_bytes_are_rows_times_record_bytes(kernels, optimizer):
     assert bag.device_bytes()["cache"] == bag.num_slots * width * 4
 
 
+def test_rows_within_max_norm_stay_clean(kernels):
+    """Evaluation with max_norm writes back the rows that it renormalised, and no other."""
+    bag = make_bag(max_norm=1e6, padding_idx=3, kernels=kernels)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _ in range(10):
+            bag(skewed_ids(generator))
+    assert bag.stats.evictions > 0 and bag.stats.rows_written_back == 0
+
+
 def test_clean_rows_are_never_written_back_and_dirty_ones_once(kernels):
     """Looking up writes nothing; of the rows that were trained, each is written once when it leaves or at the flush."""
     bag = make_bag(6, num_rows=60, kernels=kernels, evict_strategy="lru")

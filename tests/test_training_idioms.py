@@ -185,6 +185,25 @@ def test_scaled_copy_of_a_stepped_gradient_is_still_stepped():
         out.backward()
 
 
+@pytest.mark.parametrize("make", [optim.Adam, torch.optim.SparseAdam])
+def test_refused_step_changes_no_table_and_counts_no_step(make):
+    """Two tables, the second with a gradient that is refused: the first is not stepped, and no step is counted."""
+    bags = [make_bag(), make_bag()]
+    optimizer = make([bag.weight for bag in bags], lr=0.1)
+    for bag in bags:
+        bag(ids()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [bag.logical_weight() for bag in bags]
+    for bag in bags:
+        bag(ids(2)).sum().backward()
+    bags[1].weight.grad = torch.zeros_like(bags[1].weight)  # dense
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert [int(optimizer.state[bag.weight]["step"]) for bag in bags] == [1, 1]
+    assert_same_bits([bag.logical_weight() for bag in bags], before)
+
+
 def test_undefined_gradient_leaves_no_gradient():
     """A function downstream that returns None gives no gradient, not one of zeros (Adam would move rows by it)."""
 
