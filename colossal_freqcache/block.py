@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .cache import RowCache
+from .placement import Placement
 from .row_layout import RowLayout
 from .row_rules import RowRule
 
@@ -57,7 +58,8 @@ class CachedWeight:
 
     Attributes:
         cache: the RowCache.
-        parameter: nn.Parameter (ceiling, D), a view of the block's weight columns; always the same object.
+        placement: which part of the logical table that cache holds.
+        parameter: nn.Parameter (ceiling, local D), a view of the block's weight columns; always the same object.
         rule: the row rule whose state the records hold, or None.
         version: goes up whenever rows are updated (a backward that needs the forward's values compares it).
         num_tokens: tokens not released.
@@ -65,15 +67,32 @@ class CachedWeight:
         max_state_dict_bytes: above this, the logical table is not handed out as one tensor; 2 GiB.
     """
 
-    def __init__(self, cache: RowCache, rule: RowRule | None) -> None:
+    def __init__(self, cache: RowCache, rule: RowRule | None, placement: Placement) -> None:
         self.cache = cache
         self.rule = rule
+        self.placement = placement
         self.version = 0
         self.num_tokens = 0
         self.max_state_dict_bytes = 2 << 30
         # `.data`: a version counter of its own, which goes up where users edit the Parameter, and not in our kernels.
-        self.parameter = nn.Parameter(cache.records.data[:, : cache.layout.dim])
-        self.parameter._freqcache_weight = self
+        self._take(nn.Parameter(cache.records.data[:, : cache.layout.dim]))
+        self.lock = threading.RLock()  # one lookup at a time; a backward beside another thread's forward is not covered
+        self._dead: deque[Token] = deque()
+        self._spent: list[Token] = []
+        self._adds_to_sorted = True  # `.grad` was absent or sorted when the last backward returned
+        self._left_over: weakref.ref | None = None  # a gradient that was stepped by a step that then raised
+        self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
+        self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
+        self._moves_at_step = 0
+        self._owner: weakref.ref | None = None
+        self._replaced: weakref.WeakSet = weakref.WeakSet()
+        self.state_is_initial = True
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """`parameter`, whose data is the block, is the one that autograd and optimizers see."""
+        self.parameter = parameter
+        self._seen_version = parameter._version
+        parameter._freqcache_weight = self
         weak_self = weakref.ref(self)  # torch's hooks hold what garbage collection cannot see: a cycle would never go
 
         def flag_coalesced(parameter: torch.Tensor) -> None:
@@ -81,19 +100,27 @@ class CachedWeight:
             if weight is not None and parameter.grad is not None:
                 weight._flag_coalesced(parameter)
 
-        self.parameter.register_post_accumulate_grad_hook(flag_coalesced)
-        self.lock = threading.RLock()  # one lookup at a time; a backward beside another thread's forward is not covered
-        self._dead: deque[Token] = deque()
-        self._spent: list[Token] = []
-        self._adds_to_sorted = True  # `.grad` was absent or sorted when the last backward returned
-        self._left_over: weakref.ref | None = None  # a gradient that was stepped by a step that then raised
-        self._seen_version = self.parameter._version
-        self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
-        self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
-        self._moves_at_step = 0
-        self._owner: weakref.ref | None = None
-        self._replaced: weakref.WeakSet = weakref.WeakSet()
-        self.state_is_initial = True
+        parameter.register_post_accumulate_grad_hook(flag_coalesced)
+
+    def adopt(self, parameter: nn.Parameter) -> None:
+        """Makes an existing Parameter (of an nn.EmbeddingBag) the block's: the same object, with other data.
+
+        So an optimizer that was built over it stays valid. Its old data is released.
+
+        Raises:
+            RuntimeError: it has a gradient, or is the block of another cache.
+        """
+        if cached_weight_of(parameter) is not None:
+            raise RuntimeError("the parameter is already the block of a cached table")
+        if parameter.grad is not None:
+            raise RuntimeError(
+                f"the parameter has a gradient of shape {tuple(parameter.grad.shape)}, which would be one of another "
+                f"table from here on: call zero_grad() (or step) before the table is cached"
+            )
+        self.require_quiescent("another Parameter for the block")
+        del self.parameter._freqcache_weight
+        parameter.data = self.cache.records.data[:, : self.cache.layout.dim]
+        self._take(parameter)
 
     # ---- tokens -------------------------------------------------------------------------------------------------
 
@@ -220,7 +247,8 @@ class CachedWeight:
         layout = rule.layout(self.cache.layout.dim, self.cache.layout.dtype, group)
         with plain_mode():
             if [column[:2] for column in layout.state] != [column[:2] for column in self.cache.layout.state]:
-                self._relayout(layout, keep_slots)
+                budget = rule.layout(self.placement.budget_dim, self.cache.layout.dtype, group)
+                self._relayout(layout, keep_slots, budget.row_bytes)
             elif layout != self.cache.layout or not self.state_is_initial:
                 self.cache.layout = layout
                 self.cache.reset_state()
@@ -254,18 +282,18 @@ class CachedWeight:
         layout = RowLayout(self.cache.layout.dim, self.cache.layout.dtype)
         if layout != self.cache.layout:
             with plain_mode():
-                self._relayout(layout, keep_slots=False)
+                self._relayout(layout, False, self.placement.budget_dim * layout.dtype.itemsize)
         if self.owner is not None:
             self._replaced.add(self.owner)
         self.rule = self._owner = None
         self.state_is_initial = True
 
-    def _relayout(self, layout: RowLayout, keep_slots: bool) -> None:
+    def _relayout(self, layout: RowLayout, keep_slots: bool, budget_row_bytes: int) -> None:
         if not keep_slots:
-            _, ceiling = self.cache.config.size_in_slots(self.cache.num_rows, layout.row_bytes)
+            _, ceiling = self.cache.config.size_in_slots(self.cache.num_rows, budget_row_bytes)
             if ceiling != self.cache.ceiling:
                 self.require_quiescent(f"changing the block from {self.cache.ceiling} to {ceiling} slots")
-        self.cache.relayout(layout, keep_slots)
+        self.cache.relayout(layout, keep_slots, budget_row_bytes)
         self.parameter.data = self.cache.records[:, : layout.dim]
         self._seen_version = self.parameter._version
 
@@ -323,6 +351,7 @@ class CachedWeight:
                 values,
                 group,
                 step,
+                self.placement,
             )
         self.version += 1
         self.state_is_initial = False
@@ -356,31 +385,48 @@ class CachedWeight:
 
     # ---- logical table ------------------------------------------------------------------------------------------
 
+    def column_widths(self) -> dict[str, int]:
+        """Logical width of "weight" and of every state column, in the order of the record."""
+        return {"weight": self.placement.dim, **{name: self._width(name) for name in self.cache.layout.state_names()}}
+
+    def _width(self, column: str) -> int:
+        return self.placement.dim if self._is_split(column) else 1
+
+    def _is_split(self, column: str) -> bool:
+        """Whether the column has an element for each of the D columns, not one for the whole row."""
+        return self.rule is None or column not in self.rule.row_columns
+
     def logical(self, column: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Column `column` of ids start..stop-1 in id order, newest values: (n, width), a copy.
+        """Column `column` of ids start..stop-1 of the whole in id order, newest values: (n, width), a copy.
+
+        Every rank that holds a part must call it, and gets all.
 
         Raises:
             ValueError: it would pass `max_state_dict_bytes`.
         """
-        self._check_edits()
-        stop = self.cache.num_rows if stop is None else stop
-        columns = self.cache.layout.columns(column)
-        width = columns.stop - columns.start
+        stop = self.placement.num_rows if stop is None else stop
+        width = self._width(column)
         self.check_bytes((stop - start) * width * self.cache.layout.dtype.itemsize, f"column {column!r} as one tensor")
         with plain_mode():
             out = torch.empty(stop - start, width, dtype=self.cache.layout.dtype)
-            for first, last in self.cache.id_chunks(start, stop):
-                out[first - start : last - start] = self.cache.read_ids(first, last)[:, columns]
+            for first, last in self.placement.chunks(start, stop):
+                out[first - start : last - start] = self.logical_chunk(column, first, last)
         return out
 
-    def set_logical(self, column: str, values: torch.Tensor, start: int = 0) -> None:
-        """Writes `values` (n, width) into column `column` of ids start..; streamed, any device and float dtype."""
-
-        def fill(chunk: torch.Tensor, first: int) -> None:
-            chunk.copy_(values[first - start : first - start + chunk.shape[0]])
-
+    def logical_chunk(self, column: str, first: int, last: int, to: int | None = None) -> torch.Tensor | None:
+        """The same for ids first..last-1 of one table, of any total size; with `to`, only that rank gets them."""
+        self._check_edits()
         with plain_mode():
-            self.cache.update_column(column, start, start + values.shape[0], fill)
+            return self.placement.read(column, first, last, self._is_split(column), to)
+
+    def set_logical(self, column: str, values: torch.Tensor, start: int = 0) -> None:
+        """Writes `values` (n, width) into column `column` of ids start..; streamed, any device and float dtype.
+
+        Every rank must call it, with the same values.
+        """
+        with plain_mode():
+            for first, last in self.placement.chunks(start, start + values.shape[0]):
+                self.placement.write(column, first, values[first - start : last - start], self._is_split(column))
         self.version += 1
         if column != "weight":
             self.state_is_initial = False

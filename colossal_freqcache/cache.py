@@ -60,6 +60,8 @@ class RowCache:
         layout: what a record holds.
         config: settings.
         counts: accesses of each id (R,), or None; orders the rows.
+        budget_row_bytes: by what `max_cache_bytes` becomes slots; default: the bytes of a record. (Shards of unequal
+            width take the widest's, so that all have the same number of slots.)
 
     Attributes:
         records: (ceiling, W) tensor, the cache block; slots from `num_slots` on are untouched pages.
@@ -68,7 +70,12 @@ class RowCache:
     """
 
     def __init__(
-        self, table_sizes: list[int], layout: RowLayout, config: FreqCacheConfig, counts: np.ndarray | None
+        self,
+        table_sizes: list[int],
+        layout: RowLayout,
+        config: FreqCacheConfig,
+        counts: np.ndarray | None,
+        budget_row_bytes: int | None = None,
     ) -> None:
         self.config = config
         self.table_rows = torch.tensor(table_sizes, dtype=torch.int64)
@@ -84,8 +91,8 @@ class RowCache:
         self.layout = layout
         self.moves = 0
         self.store = make_store(config.store, self.kernels)
-        config.check_slots_fit(self.num_rows, layout.row_bytes)
-        num_slots, ceiling = config.size_in_slots(self.num_rows, layout.row_bytes)
+        config.check_slots_fit(self.num_rows, budget_row_bytes or layout.row_bytes)
+        num_slots, ceiling = config.size_in_slots(self.num_rows, budget_row_bytes or layout.row_bytes)
         self._warned_of_growth = False
         self.store.allocate(self.num_rows, layout)
         self._start_empty(num_slots, ceiling)
@@ -362,7 +369,7 @@ class RowCache:
             records[:, columns] = values
             self.write_ids(first, records)
 
-    def relayout(self, layout: RowLayout, keep_slots: bool = False) -> None:
+    def relayout(self, layout: RowLayout, keep_slots: bool = False, budget_row_bytes: int | None = None) -> None:
         """Re-lays store and block out for `layout`: weights stay, state columns start at their initial value.
 
         Streamed, into a second store. The rows stay in their slots unless `max_cache_bytes` now allows another number
@@ -371,7 +378,7 @@ class RowCache:
         Raises:
             ValueError: `max_cache_bytes` holds no record (or not the block, with `keep_slots`); nothing was changed.
         """
-        num_slots, ceiling = self.config.size_in_slots(self.num_rows, layout.row_bytes)
+        num_slots, ceiling = self.config.size_in_slots(self.num_rows, budget_row_bytes or layout.row_bytes)
         if keep_slots and ceiling < self.ceiling:
             raise ValueError(
                 f"{self.ceiling} slots of {layout.row_bytes} bytes ({self.layout.row_bytes} before the optimizer's "

@@ -5,10 +5,12 @@ Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weigh
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy as shallow_copy
 from copy import deepcopy
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -18,6 +20,7 @@ from .cache import Lookup, RowCache
 from .config import FreqCacheConfig
 from .frequency import as_counts
 from .metrics import CacheStats
+from .placement import Placement
 from .row_layout import RowLayout
 from .row_rules import make_rule
 from .step_hooks import install_step_hooks
@@ -84,51 +87,67 @@ class _CachedBags(nn.Module):
         self.include_last_offset = include_last_offset
         counts = as_counts(ids_freq_mapping, list(table_sizes))
         rule = None if config.optimizer is None else make_rule(config.optimizer)
-        layout = RowLayout(embedding_dim, dtype) if rule is None else rule.layout(embedding_dim, dtype, {})
+        self._placement = placement = self._place(table_sizes, counts)
+        config = placement.agree(config)
+
+        def layout_of(dim: int) -> RowLayout:
+            return RowLayout(dim, dtype) if rule is None else rule.layout(dim, dtype, {})
+
         install_step_hooks()
         with plain_mode():
-            self._padding_ids = torch.tensor(padding_ids, dtype=torch.int64)
+            self._table_padding = list(padding_ids)
+            self._padding_ids = torch.tensor(placement.local_padding(self._table_padding), dtype=torch.int64)
             self._no_padding = torch.full_like(self._padding_ids, -1)
-            self._cache = RowCache(list(table_sizes), layout, config, counts)
+            self._cache = RowCache(
+                placement.local_sizes,
+                layout_of(placement.local_dim),
+                config,
+                placement.local_counts(counts),
+                layout_of(placement.budget_dim).row_bytes,
+            )
+            placement.attach(self._cache)
             self._initialize(weights)
             self._cache.warm_up()
-            self._cached_weight = CachedWeight(self._cache, rule)
+            self._cached_weight = CachedWeight(self._cache, rule, placement)
         self.weight = self._cached_weight.parameter
+
+    def _place(self, table_sizes: list[int], counts: np.ndarray | None) -> Placement:
+        """Which part of the tables this module's cache holds: all of it, unless a subclass shards them."""
+        return Placement(table_sizes, self.embedding_dim)
 
     # ---- initialisation -----------------------------------------------------------------------------------------
 
     def _initialize(self, weights: Sequence[torch.Tensor] | None) -> None:
         """Every row's first record: given weights, or what nn.EmbeddingBag draws table by table from the same seed."""
-        cache = self._cache
+        dtype = self._cache.layout.dtype
         for table, (start, rows) in enumerate(self._table_ranges()):
-            for first, last in cache.id_chunks(start, start + rows):
-                records = torch.empty(last - first, cache.layout.width, dtype=cache.layout.dtype)
-                cache.layout.fill_state(records)
+            padding = self._table_padding[table]
+            for first, last in self._placement.chunks(start, start + rows):
                 if weights is None:
-                    values = torch.empty(last - first, self.embedding_dim, dtype=cache.layout.dtype).normal_()
-                    if first <= start + self._padding_ids[table] < last and self._padding_ids[table] >= 0:
-                        values[start + int(self._padding_ids[table]) - first] = 0
+                    values = torch.empty(last - first, self.embedding_dim, dtype=dtype).normal_()
+                    if padding >= 0 and first <= start + padding < last:
+                        values[start + padding - first] = 0
                 else:
                     values = weights[table].detach()[first - start : last - start]
-                records[:, : self.embedding_dim] = values
-                cache.write_ids(first, records)
+                self._placement.initialise(first, values)
 
     def init_(self, fn: Callable[[torch.Tensor], Any]) -> None:
         """Initialises the weights in place: fn(values) gets (n, D) tensors of consecutive ids, table after table.
 
-        A table of up to 16 MiB of records comes in one call, a larger one in pieces of a multiple of 16 rows, so an
-        elementwise draw (uniform_, normal_) gives the numbers of one call over the whole. Optimizer state stays.
+        A table of up to 16 MiB comes in one call, a larger one in pieces of a multiple of 16 rows, so an elementwise
+        draw (uniform_, normal_) gives the numbers of one call over the whole. Optimizer state stays.
         """
         weight = self._cached_weight
         weight.settle()
         with plain_mode():
-            for start, rows in self._table_ranges():
-                self._cache.update_column("weight", start, start + rows, lambda values, first: fn(values))
-        weight.version += 1
+            for first, last in self._placement.chunks(0, self._placement.num_rows):
+                values = weight.logical_chunk("weight", first, last).contiguous()
+                fn(values)
+                weight.set_logical("weight", values, first)
 
     def _table_ranges(self) -> list[tuple[int, int]]:
         """(first id of the whole, rows) of each table."""
-        return list(zip(self._cache.table_starts.tolist(), self._cache.table_rows.tolist(), strict=True))
+        return self._placement.table_ranges()
 
     # ---- lookup -------------------------------------------------------------------------------------------------
 
@@ -146,7 +165,6 @@ class _CachedBags(nn.Module):
             weight.parameter.requires_grad or (batch.weights is not None and batch.weights.requires_grad)
         )
         with plain_mode():
-            weight.settle()
             lookup = self._prepare(batch)
         if not wants_graph:
             try:
@@ -162,24 +180,31 @@ class _CachedBags(nn.Module):
 
     def _prepare(self, batch: _Batch) -> Lookup:
         """Resident, pinned and, with max_norm, renormalised rows."""
-        lookup = self._cache.prepare(batch.values, batch.offsets, self._padding_ids)
+        cache = self._cache
+
+        def prepare() -> Lookup:
+            self._cached_weight.settle()
+            return cache.prepare(batch.values, batch.offsets, self._padding_ids)
+
+        lookup = self._placement.together(prepare, lambda lookup: cache.unpin(lookup.slot_of_unique))
         if self.max_norm is not None:
             try:
                 padding = self._padding_in(batch)
                 if padding is not None:  # nn.EmbeddingBag renormalises every row of the input, padding too
-                    slots = self._cache.prepare(*padding, self._no_padding, counted=False).slot_of_unique
-                    self._cache.unpin(slots)  # nothing evicts before the next prepare
+                    slots = self._placement.together(
+                        lambda: cache.prepare(*padding, self._no_padding, counted=False).slot_of_unique, cache.unpin
+                    )
+                    cache.unpin(slots)  # nothing evicts before the next prepare
                     self._renormalize(slots)
                 self._renormalize(lookup.slot_of_unique)
             except BaseException:
-                self._cache.unpin(lookup.slot_of_unique)
+                cache.unpin(lookup.slot_of_unique)
                 raise
         return lookup
 
     def _renormalize(self, slots: torch.Tensor) -> None:
-        cache = self._cache
-        changed = cache.kernels.renormalize(cache.records, self.embedding_dim, slots, self.max_norm, self.norm_type)
-        cache.mark_dirty(slots[changed])
+        changed = self._placement.renormalize(slots, self.max_norm, self.norm_type)
+        self._cache.mark_dirty(slots[changed])
         self._cached_weight.version += int(changed.any())
 
     def _padding_in(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -244,9 +269,12 @@ class _CachedBags(nn.Module):
         return _Batch(values, offsets.contiguous(), weights)
 
     def _prefetch(self, batch: _Batch) -> None:
-        with self._cached_weight.lock, plain_mode():
+        def prefetch() -> None:
             self._cached_weight.settle()
             self._cache.prefetch(batch.values, batch.offsets, self._padding_ids)
+
+        with self._cached_weight.lock, plain_mode():
+            self._placement.together(prefetch)
 
     # ---- cache --------------------------------------------------------------------------------------------------
 
@@ -300,9 +328,8 @@ class _CachedBags(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         weight = self._cached_weight
-        weight.check_bytes(
-            self._cache.num_rows * self.embedding_dim * self._cache.layout.dtype.itemsize, "state_dict()"
-        )
+        num_bytes = self._placement.num_rows * self.embedding_dim * self._cache.layout.dtype.itemsize
+        weight.check_bytes(num_bytes, "state_dict()")
         for table, (start, rows) in enumerate(self._table_ranges()):
             destination[prefix + self._table_key(table)] = weight.logical("weight", start, start + rows)
 
@@ -361,12 +388,14 @@ class _CachedBags(nn.Module):
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         nn.Module.__init__(copy)
-        own = ("_cache", "_cached_weight", "_parameters")
+        own = ("_cache", "_cached_weight", "_placement", "_parameters")
         copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own})
         with plain_mode():
             weight.settle()
             copy._cache = self._cache.clone()
-            copy._cached_weight = CachedWeight(copy._cache, weight.rule)
+            copy._placement = shallow_copy(self._placement)
+            copy._placement.attach(copy._cache)
+            copy._cached_weight = CachedWeight(copy._cache, weight.rule, copy._placement)
             copy._cached_weight.max_state_dict_bytes = weight.max_state_dict_bytes
             copy._cached_weight.state_is_initial = weight.state_is_initial
         copy.weight = copy._cached_weight.parameter
@@ -519,11 +548,14 @@ class FreqAwareEmbeddingBag(_CachedBags):
         Those of an earlier prefetch that no forward has used are given up. Takes what `forward` takes; a 1-D input
         needs no offsets. A miss is counted here, and not again in the forward.
         """
+        self._prefetch(self._prefetch_batch(input, offsets))
+
+    def _prefetch_batch(self, input: torch.Tensor, offsets: torch.Tensor | None) -> _Batch:
         _check_integers("input", input)
         if offsets is None and input.dim() == 1:
             offsets = torch.zeros(1 + self.include_last_offset, dtype=torch.int64)
             offsets[1:] = input.numel()
-        self._prefetch(self._batch(input, offsets, None))
+        return self._batch(input, offsets, None)
 
     def logical_weight(self) -> torch.Tensor:
         """The whole table (R, D) in id order, newest values; a copy."""
@@ -702,8 +734,8 @@ class _Pooling:
 
     def __init__(self, bags: _CachedBags, lookup: Lookup, token: Token | None) -> None:
         self.weight = bags._cached_weight
-        self.mode = bags.mode
-        self.scale_by_freq = bags.scale_grad_by_freq
+        self.mode = bags.mode if self.weight.placement.pools else "sum"
+        self.scale_by_freq = bags.scale_grad_by_freq and self.weight.placement.pools
         self.lookup = lookup
         self.token = token
         self.version = self.rows_version()
@@ -733,6 +765,8 @@ class _Pooling:
             if needs_weights:
                 weights_gradient = self._weights_gradient(grad)
             if needs_rows:
+                if weight.placement.divisor != 1:
+                    grad = grad / weight.placement.divisor
                 # Sorted by slot, and summed per row in batch order before that: the sums do not depend on the slots.
                 slots, order = torch.sort(self.lookup.slot_of_unique)
                 place_of_unique = torch.empty(order.numel(), dtype=torch.int32)

@@ -137,16 +137,16 @@ class _RowOptimizer:
                 weight.reset_state()
             for name in names:
                 if name in state:
-                    weight.set_logical(name, state[name].reshape(weight.cache.num_rows, -1))
+                    weight.set_logical(name, state[name].reshape(weight.placement.num_rows, -1))
             if "step" in state:
                 self.state[parameter] = {"step": torch.as_tensor(state["step"], dtype=torch.float32).clone()}
             elif self.rule_name in ("adagrad", "rowwise_adagrad"):
                 self.state[parameter] = {"step": torch.tensor(0.0)}
 
     def _check_block_state(self, weight: CachedWeight, state: dict) -> None:
-        cache = weight.cache
-        for name, width, _ in self._rule().layout(cache.layout.dim, cache.layout.dtype, self.defaults).state:
-            shapes = [(cache.num_rows, width)] + [(cache.num_rows,)] * (width == 1)
+        num_rows, dim = weight.placement.num_rows, weight.placement.dim
+        for name, width, _ in self._rule().layout(dim, weight.cache.layout.dtype, self.defaults).state:
+            shapes = [(num_rows, width)] + [(num_rows,)] * (width == 1)
             if state and (name not in state or tuple(state[name].shape) not in shapes):
                 found = tuple(state[name].shape) if name in state else "missing"
                 raise ValueError(f"the state of a cached table needs {name!r} of shape {shapes[-1]}; found {found}")
@@ -235,7 +235,8 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ for lists that mix dense parameters and cached tables; returns the total norm.
 
-    The norm of a table's gradient is taken in row order, so it does not depend on where rows sit.
+    The norm of a table's gradient is taken in row order, so it does not depend on where rows sit, and over all ranks
+    that share the table: each of them must call this, and all get the same norm.
 
     Raises:
         RuntimeError: the norm is nan or inf and `error_if_nonfinite`.
@@ -245,7 +246,11 @@ def clip_grad_norm_(
     if not parameters:
         return torch.tensor(0.0)
     with plain_mode():
-        norms = [torch.linalg.vector_norm(_values_in_row_order(parameter), norm_type) for parameter in parameters]
+        norms = []
+        for parameter in parameters:
+            norm = torch.linalg.vector_norm(_values_in_row_order(parameter), norm_type)
+            weight = cached_weight_of(parameter)
+            norms += [norm] if weight is None else weight.placement.gather_norms(norm).unbind()
         total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(f"the total norm of the gradients is {float(total)}: it cannot be clipped")

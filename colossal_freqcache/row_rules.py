@@ -21,10 +21,12 @@ class RowRule:
     Attributes:
         name: as in `optimizer=`.
         counts_steps: it keeps a step count per parameter.
+        row_columns: state columns that hold one value for the whole row, not one per element.
     """
 
     name = ""
     counts_steps = True
+    row_columns: tuple[str, ...] = ()
     refused: tuple[str, ...] = ("weight_decay",)  # settings that must be zero or False
 
     def layout(self, dim: int, dtype: torch.dtype, group: dict[str, Any]) -> RowLayout:
@@ -41,8 +43,13 @@ class RowRule:
                     f"parameter, in a param_group of its own"
                 )
 
-    def update(self, kernels, records, layout: RowLayout, slots, grads, group: dict[str, Any], step: int) -> None:
-        """Applies step number `step` (from 1) to `slots` (int32[U], unique) with `grads` (U, D)."""
+    def update(
+        self, kernels, records, layout: RowLayout, slots, grads, group: dict[str, Any], step: int, placement
+    ) -> None:
+        """Applies step number `step` (from 1) to `slots` (int32[U], unique) with `grads` (U, D).
+
+        `placement` sums over whole rows where a record holds only some of their columns.
+        """
         raise NotImplementedError
 
 
@@ -53,7 +60,7 @@ class SGDRule(RowRule):
     counts_steps = False
     refused = ("momentum", "weight_decay", "differentiable")
 
-    def update(self, kernels, records, layout, slots, grads, group, step):
+    def update(self, kernels, records, layout, slots, grads, group, step, placement):
         kernels.update_sgd(records, layout.dim, slots, grads, float(group["lr"]))
 
 
@@ -66,7 +73,7 @@ class AdagradRule(RowRule):
     def layout(self, dim, dtype, group):
         return RowLayout(dim, dtype, (("sum", dim, float(group.get("initial_accumulator_value", 0.0))),))
 
-    def update(self, kernels, records, layout, slots, grads, group, step):
+    def update(self, kernels, records, layout, slots, grads, group, step, placement):
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         kernels.update_adagrad(records, layout.dim, slots, grads, lr, group["eps"])
 
@@ -75,13 +82,15 @@ class RowWiseAdagradRule(AdagradRule):
     """s += mean(g^2); w -= lr / (1 + (step - 1) lr_decay) / (sqrt(s) + eps) * g, one s a row"""
 
     name = "rowwise_adagrad"
+    row_columns = ("sum",)
 
     def layout(self, dim, dtype, group):
         return RowLayout(dim, dtype, (("sum", 1, float(group.get("initial_accumulator_value", 0.0))),))
 
-    def update(self, kernels, records, layout, slots, grads, group, step):
+    def update(self, kernels, records, layout, slots, grads, group, step, placement):
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
-        kernels.update_rowwise_adagrad(records, layout.dim, slots, grads, lr, group["eps"])
+        mean_squares = placement.row_totals(kernels.square_sums(grads), slots) / placement.dim
+        kernels.update_rowwise_adagrad(records, layout.dim, slots, grads, mean_squares, lr, group["eps"])
 
 
 class AdamRule(RowRule):
@@ -93,7 +102,7 @@ class AdamRule(RowRule):
     def layout(self, dim, dtype, group):
         return RowLayout(dim, dtype, (("exp_avg", dim, 0.0), ("exp_avg_sq", dim, 0.0)))
 
-    def update(self, kernels, records, layout, slots, grads, group, step):
+    def update(self, kernels, records, layout, slots, grads, group, step, placement):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         step_size = float(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         kernels.update_adam(records, layout.dim, slots, grads, beta1, beta2, group["eps"], step_size)

@@ -114,7 +114,7 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
 
 
 def _check_foreign_state(optimizer: torch.optim.Optimizer, state: dict, weight: CachedWeight) -> None:
-    shape = (weight.cache.num_rows, weight.cache.layout.dim)
+    shape = (weight.placement.num_rows, weight.placement.dim)
     tensors = {name: value for name, value in state.items() if name != "step" and torch.is_tensor(value)}
     if _steps(state) == 0:
         return

@@ -346,7 +346,8 @@ def state_width(rule, dim):
 
 
 def update(kernel_set, rule, records, dim, slots, grads):
-    getattr(kernel_set, f"update_{rule}")(records, dim, slots, grads, *RULES[rule])
+    of_rows = (kernel_set.square_sums(grads) / dim,) if rule == "rowwise_adagrad" else ()
+    getattr(kernel_set, f"update_{rule}")(records, dim, slots, grads, *of_rows, *RULES[rule])
 
 
 def block(rule, dim, dtype, num_slots=40):

@@ -29,6 +29,7 @@ LEVELS = {
     "stores": 1,
     "kernels": 1,
     "cache": 2,
+    "placement": 2,
     "block": 2,
     "step_hooks": 2,
     "lookahead": 3,
@@ -48,6 +49,8 @@ LEVELS = {
 # Steps within one level: the importer builds on the imported one, and never the other way round.
 SAME_LEVEL = {
     ("frequency", "id_files"),  # counts what the readers yield
+    ("placement", "cache"),  # which part of the tables a cache holds
+    ("block", "placement"),
     ("block", "cache"),  # the Parameter around the cache's slots
     ("step_hooks", "block"),  # lets foreign optimizers step a block
 }

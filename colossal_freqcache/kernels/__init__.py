@@ -69,8 +69,11 @@ class Kernels(Protocol):
     def update_adagrad(self, records, dim, slots, grads, lr, eps) -> None:
         """s += g * g; w -= lr * g / (sqrt(s) + eps)"""
 
-    def update_rowwise_adagrad(self, records, dim, slots, grads, lr, eps) -> None:
-        """s += mean(g * g); w -= lr / (sqrt(s) + eps) * g"""
+    def square_sums(self, grads) -> torch.Tensor:
+        """sum over d of g * g, in the order of the columns: float64[U]."""
+
+    def update_rowwise_adagrad(self, records, dim, slots, grads, mean_squares, lr, eps) -> None:
+        """s += mean_squares (float64[U], over the whole row); w -= lr / (sqrt(s) + eps) * g"""
 
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size) -> None:
         """m += (1-b1)(g-m); v += (1-b2)(g*g-v); w -= step_size * m / (sqrt(v) + eps)"""

@@ -308,13 +308,19 @@ def _update_adagrad(records, dim, slots, grads, lr, eps):
 
 
 @njit(cache=True, nogil=True)
-def _update_rowwise_adagrad(records, dim, slots, grads, lr, eps):
+def _square_sums(grads, sums):
+    for i in range(grads.shape[0]):
+        squares = 0.0
+        for d in range(grads.shape[1]):
+            squares += np.float64(grads[i, d]) ** 2
+        sums[i] = squares
+
+
+@njit(cache=True, nogil=True)
+def _update_rowwise_adagrad(records, dim, slots, grads, mean_squares, lr, eps):
     for i in range(slots.size):
         slot = np.int64(slots[i])
-        squares = 0.0
-        for d in range(dim):
-            squares += np.float64(grads[i, d]) ** 2
-        s = records.dtype.type(records[slot, dim] + squares / dim)
+        s = records.dtype.type(records[slot, dim] + mean_squares[i])
         records[slot, dim] = s
         scale = lr / (np.sqrt(s) + eps)
         for d in range(dim):
@@ -497,9 +503,14 @@ class CpuKernels:
         block, real = _block(records)
         _update_adagrad(block, dim, slots.numpy(), grads.numpy(), real(lr), real(eps))
 
-    def update_rowwise_adagrad(self, records, dim, slots, grads, lr, eps):
+    def square_sums(self, grads):
+        sums = np.empty(grads.shape[0], np.float64)
+        _square_sums(grads.numpy(), sums)
+        return torch.from_numpy(sums)
+
+    def update_rowwise_adagrad(self, records, dim, slots, grads, mean_squares, lr, eps):
         block, real = _block(records)
-        _update_rowwise_adagrad(block, dim, slots.numpy(), grads.numpy(), real(lr), real(eps))
+        _update_rowwise_adagrad(block, dim, slots.numpy(), grads.numpy(), mean_squares.numpy(), real(lr), real(eps))
 
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size):
         block, real = _block(records)

@@ -137,12 +137,15 @@ class TorchKernels:
         records[slots, dim : 2 * dim] = sums
         records[slots, :dim] = records[slots, :dim] - grads / (sums.sqrt() + eps) * lr
 
-    def update_rowwise_adagrad(self, records, dim, slots, grads, lr, eps):
-        slots = slots.long()
-        squares = torch.zeros(slots.numel(), dtype=torch.float64)
-        for d in range(dim):  # one order for every row, wherever it stands in the batch
+    def square_sums(self, grads):
+        squares = torch.zeros(grads.shape[0], dtype=torch.float64)
+        for d in range(grads.shape[1]):  # one order for every row, wherever it stands in the batch
             squares += grads[:, d].double() * grads[:, d].double()
-        sums = (records[slots, dim].double() + squares / dim).to(records.dtype)
+        return squares
+
+    def update_rowwise_adagrad(self, records, dim, slots, grads, mean_squares, lr, eps):
+        slots = slots.long()
+        sums = (records[slots, dim].double() + mean_squares).to(records.dtype)
         records[slots, dim] = sums
         records[slots, :dim] = records[slots, :dim] - grads * (lr / (sums.sqrt() + eps)).unsqueeze(1)
 
