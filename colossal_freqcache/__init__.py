@@ -4,7 +4,7 @@ The hot rows of a table sit in a cache on the training device, all rows in a sto
 model. Public names: see `__all__`. Source: Fang et al. 2022 (arXiv:2208.05321).
 """
 
-from . import optim
+from . import checkpoint, optim
 from .cache import CacheTooSmallError
 from .config import FreqCacheConfig
 from .embedding import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection
@@ -19,20 +19,26 @@ __all__ = [
     "FreqCacheConfig",
     "IdFrequency",
     "__version__",
+    "checkpoint",
     "optim",
 ]
 
 __version__ = "0.1.0"
 
 _PLANNED = {
-    "ParallelFreqAwareEmbeddingBag": "sharding cached tables over several ranks, as a Colossal-AI parallel module",
     "Lookahead": "admitting the rows of the next batches ahead of training",
-    "checkpoint": "streamed checkpoints of tables and optimizer state",
-    "integration": "the Colossal-AI plugin, policy and hooks",
 }
 
 
+# Public as well, but not of `import *`: they need colossalai, which is imported when one of them is asked for.
+_INTEGRATION = ("ParallelFreqAwareEmbeddingBag", "ParallelFreqAwareEmbeddingBagCollection")
+
+
 def __getattr__(name: str):
+    if name in _INTEGRATION:
+        from . import integration
+
+        return getattr(integration, name)
     if name in _PLANNED:
         raise NotImplementedError(f"colossal_freqcache.{name} is planned, not built yet: {_PLANNED[name]}")
     raise AttributeError(f"module 'colossal_freqcache' has no attribute {name!r}")

@@ -65,6 +65,8 @@ class CachedWeight:
         num_tokens: tokens not released.
         state_is_initial: every state column holds its initial value.
         max_state_dict_bytes: above this, the logical table is not handed out as one tensor; 2 GiB.
+        in_state_dict: whether state_dicts of the module and of its optimizer hold the table (a checkpoint that streams
+            it apart switches that off).
     """
 
     def __init__(self, cache: RowCache, rule: RowRule | None, placement: Placement) -> None:
@@ -74,6 +76,7 @@ class CachedWeight:
         self.version = 0
         self.num_tokens = 0
         self.max_state_dict_bytes = 2 << 30
+        self.in_state_dict = True
         # `.data`: a version counter of its own, which goes up where users edit the Parameter, and not in our kernels.
         self._take(nn.Parameter(cache.records.data[:, : cache.layout.dim]))
         self.lock = threading.RLock()  # one lookup at a time; a backward beside another thread's forward is not covered

@@ -1,11 +1,13 @@
 """FreqCacheConfig: all settings of one cache, validated once. Knows nothing of tables, devices or policies' insides."""
 
 import dataclasses
+import difflib
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DEFAULT_CACHE_RATIO", "FreqCacheConfig"]
+__all__ = ["DEFAULT_CACHE_RATIO", "SHARDINGS", "FreqCacheConfig"]
 
 # The share of the rows that Fang et al. 2022 (arXiv:2208.05321) keep on the device.
 DEFAULT_CACHE_RATIO = 0.015
@@ -13,10 +15,10 @@ DEFAULT_CACHE_RATIO = 0.015
 # Without `max_cache_bytes` a cache on a CPU may grow to this many times its initial slots before it refuses a batch.
 DEFAULT_GROWTH = 4
 
+SHARDINGS = ("column", "row", "table")
+
 _PLANNED = {
     "window": "lookahead (knowing the ids of the next batches)",
-    "depth": "lookahead (admitting the rows of the next batches)",
-    "sharding": "sharding a table over several ranks",
 }
 
 
@@ -46,6 +48,9 @@ class FreqCacheConfig:
         optimizer: name of the row optimizer whose state columns are reserved from the start; None: when one is bound.
         store: "ram", or an object that implements `stores.RowStore`.
         kernels: "auto", "torch" or "cpu".
+        sharding: how tables are divided over ranks: "column", "row" or "table"; None: "column".
+        depth: batches whose rows are admitted ahead of training, 0 or 1 (more is planned); None: 1 where the ids of the
+            next batch can be known.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -79,11 +84,45 @@ class FreqCacheConfig:
             _refuse("max_cache_bytes", self.max_cache_bytes, "an int of bytes, at least one row's")
         if not _is_number(self.warmup_ratio) or not 0 <= self.warmup_ratio <= 1:
             _refuse("warmup_ratio", self.warmup_ratio, "a share of the slots in [0, 1]")
+        if self.sharding is not None and self.sharding not in SHARDINGS:
+            _refuse("sharding", self.sharding, f"one of {', '.join(map(repr, SHARDINGS))}")
+        if self.depth is not None and (not _is_int(self.depth) or self.depth < 0):
+            _refuse("depth", self.depth, "a number of batches, 0 or 1")
+        if self.depth is not None and self.depth > 1:
+            raise NotImplementedError(
+                f"depth={self.depth!r}: admitting the rows of more than one batch ahead is planned, not built yet; "
+                f"use 1, or 0 for none"
+            )
         for field, feature in _PLANNED.items():
             if getattr(self, field) is not None:
                 raise NotImplementedError(
                     f"{field}={getattr(self, field)!r}: {feature} is planned, not built yet; leave it out"
                 )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: str = "freq_cache") -> "FreqCacheConfig":
+        """The settings of a config file's section.
+
+        Raises:
+            ValueError: it is no mapping, or has an unknown name (the known ones are listed); and as the constructor.
+        """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"{where} is a {type(settings).__name__}: give a dict of settings")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            meant = difflib.get_close_matches(str(unknown[0]), known, 1)
+            raise ValueError(
+                f"{where}: unknown {', '.join(map(repr, unknown))}{f' (did you mean {meant[0]!r}?)' if meant else ''}; "
+                f"known are {', '.join(known)}"
+            )
+        return cls(**settings)
+
+    def bag_keywords(self) -> dict[str, Any]:
+        """The settings that a bag's constructor takes, those that are set."""
+        elsewhere = ("window", "depth", "sharding")
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if name not in elsewhere and value is not None}
 
     def size_in_slots(self, num_rows: int, row_bytes: int) -> tuple[int, int]:
         """(initial slots, ceiling in slots) for a table of `num_rows` rows of `row_bytes` bytes; both in 1..num_rows.

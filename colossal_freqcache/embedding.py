@@ -41,6 +41,8 @@ class _Batch(NamedTuple):
 class _CachedBags(nn.Module):
     """T tables of one width over one RowCache: what both public classes share. They differ in the shapes in and out."""
 
+    _graph_input: torch.Tensor | None = None  # what autograd sees in the Parameter's place: hooks may stand between
+
     def __init__(
         self,
         table_sizes: Sequence[int],
@@ -128,7 +130,7 @@ class _CachedBags(nn.Module):
                     if padding >= 0 and first <= start + padding < last:
                         values[start + padding - first] = 0
                 else:
-                    values = weights[table].detach()[first - start : last - start]
+                    values = self._placement.of_first_rank(weights[table].detach()[first - start : last - start])
                 self._placement.initialise(first, values)
 
     def init_(self, fn: Callable[[torch.Tensor], Any]) -> None:
@@ -173,7 +175,8 @@ class _CachedBags(nn.Module):
                 self._cache.unpin(lookup.slot_of_unique)
         token = weight.hold(lookup.slot_of_unique)
         try:
-            return _PoolFunction.apply(weight.parameter, batch.weights, _Pooling(self, lookup, token))
+            graph_input = weight.parameter if self._graph_input is None else self._graph_input
+            return _PoolFunction.apply(graph_input, batch.weights, _Pooling(self, lookup, token))
         except BaseException:
             weight.release(token)
             raise
@@ -328,6 +331,8 @@ class _CachedBags(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         weight = self._cached_weight
+        if not weight.in_state_dict:
+            return
         num_bytes = self._placement.num_rows * self.embedding_dim * self._cache.layout.dtype.itemsize
         weight.check_bytes(num_bytes, "state_dict()")
         for table, (start, rows) in enumerate(self._table_ranges()):
@@ -336,6 +341,8 @@ class _CachedBags(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        if not self._cached_weight.in_state_dict:
+            return
         names = {}
         mismatches = []
         for table, (start, rows) in enumerate(self._table_ranges()):

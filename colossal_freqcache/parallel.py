@@ -91,6 +91,15 @@ class Ranks:
         self._run(lambda: dist.all_gather(gathered, numbers.contiguous(), group=self.group))
         return torch.stack(gathered)
 
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` as the group's first rank has them; a copy."""
+        if self.size == 1:
+            return values
+        values = values.clone(memory_format=torch.contiguous_format)
+        source = dist.get_global_rank(self.group, 0)
+        self._run(lambda: dist.broadcast(values, source, group=self.group))
+        return values
+
     def all_gather_objects(self, item: Any) -> list:
         """`item` of every rank, in rank order; for set-up and errors."""
         if self.size == 1:
@@ -194,6 +203,9 @@ class ShardedPlacement(Placement):
                 raise ValueError(f"{name} is given on some ranks and not on others: {given}")
             sizes[name] = None if given[0] is None else min(given)
         return dataclasses.replace(config, **sizes)
+
+    def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        return self.ranks.broadcast(values)
 
     def read(
         self, column: str, start: int, stop: int, split: bool = True, to: int | None = None

@@ -101,6 +101,10 @@ class Placement:
 
     # ---- records of the logical tables --------------------------------------------------------------------------
 
+    def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` as the first rank has them."""
+        return values
+
     def initialise(self, start: int, weights: torch.Tensor) -> None:
         """First records of ids start..: `weights` (n, D), every state column at its initial value."""
         piece = self.piece(start, start + weights.shape[0])

@@ -6,6 +6,7 @@ optimizers do that in their `step`. Any other optimizer that holds a block is re
 After any step of an optimizer that holds a block, the rows of its gradient may leave the cache.
 """
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,11 @@ from .row_rules import RowRule, make_rule
 
 __all__ = [
     "amp_scale",
+    "bind_blocks",
     "blocks_of",
+    "check_optimizer",
+    "load_logical_states",
+    "logical_state",
     "install_step_hooks",
     "make_state_dict_logical",
     "next_step",
@@ -29,6 +34,7 @@ ADAPTED = {torch.optim.SGD: "sgd", torch.optim.Adagrad: "adagrad", torch.optim.S
 _REPLACEMENTS = {"SGD": "SGD", "Adagrad": "Adagrad", "Adam": "Adam", "AdamW": "Adam", "SparseAdam": "Adam"}
 
 _installed: list = []
+_hooked: weakref.WeakSet = weakref.WeakSet()  # foreign optimizers that have our instance hooks
 
 
 def install_step_hooks() -> None:
@@ -101,11 +107,7 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
         _check_foreign_state(optimizer, optimizer.state[parameter], weight)
     scale = amp_scale(optimizer)
     for group, parameter, weight in with_gradient:
-        if weight.owner is not optimizer:
-            weight.bind(optimizer, rule, group, keep_slots=True)
-            optimizer.register_state_dict_post_hook(make_state_dict_logical)
-            handle = optimizer.register_step_post_hook(_restore_gradients)
-            optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # before the user's own
+        _own(optimizer, rule, group, weight, keep_slots=True)
         if scale is not None:
             _import_foreign_state(optimizer.state[parameter], weight)
             reset_forgotten_state(optimizer, parameter, weight)
@@ -113,8 +115,20 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
         weight.stash_gradient()
 
 
+def _own(optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, weight: CachedWeight, keep_slots: bool) -> None:
+    """Binds `optimizer` to the rows, if it is not yet, and gives it the hooks that a foreign one needs (once)."""
+    if weight.owner is optimizer:
+        return
+    weight.bind(optimizer, rule, group, keep_slots)
+    if not steps_rows(optimizer) and optimizer not in _hooked:
+        _hooked.add(optimizer)
+        optimizer.register_state_dict_post_hook(make_state_dict_logical)
+        handle = optimizer.register_step_post_hook(_restore_gradients)
+        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # before the user's own
+
+
 def _check_foreign_state(optimizer: torch.optim.Optimizer, state: dict, weight: CachedWeight) -> None:
-    shape = (weight.placement.num_rows, weight.placement.dim)
+    widths = weight.column_widths()
     tensors = {name: value for name, value in state.items() if name != "step" and torch.is_tensor(value)}
     if _steps(state) == 0:
         return
@@ -124,7 +138,8 @@ def _check_foreign_state(optimizer: torch.optim.Optimizer, state: dict, weight: 
             f" load its state_dict into an optimizer that is built for this table"
         )
     for name, value in tensors.items():
-        if tuple(value.shape) != shape:
+        shape = (weight.placement.num_rows, widths.get(name, weight.placement.dim))
+        if tuple(value.shape) != shape and not (shape[1] == 1 and tuple(value.shape) == shape[:1]):
             raise ValueError(
                 f"the optimizer's {name!r} has shape {tuple(value.shape)}; the table's is {shape}: load a state that "
                 f"was saved for this table"
@@ -136,7 +151,7 @@ def _import_foreign_state(state: dict, weight: CachedWeight) -> None:
     for name in [name for name in state if name != "step"]:
         value = state.pop(name)
         if _steps(state) > 0 and name in weight.cache.layout.state_names():
-            weight.set_logical(name, value)
+            weight.set_logical(name, value.reshape(weight.placement.num_rows, -1))
 
 
 def reset_forgotten_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, weight: CachedWeight) -> None:
@@ -178,13 +193,70 @@ def make_state_dict_logical(optimizer: torch.optim.Optimizer, state_dict: dict) 
         for parameter in group["params"]:
             number = next(numbers)
             weight = cached_weight_of(parameter)
-            if weight is None or number not in states or weight.owner is not optimizer:
-                continue
-            names = weight.cache.layout.state_names()
-            if any(name in states[number] for name in names):
-                continue  # loaded, and not stepped since
-            columns = {name: weight.logical(name) for name in names}
-            if weight.rule.name == "rowwise_adagrad":
-                columns["sum"] = columns["sum"][:, 0]
-            states[number] = {**states[number], **columns}
+            if weight is not None and number in states and weight.owner is optimizer and weight.in_state_dict:
+                states[number] = logical_state(states[number], weight)
     return {**state_dict, "state": states}
+
+
+def logical_state(state: dict, weight: CachedWeight) -> dict:
+    """A block's state in an optimizer, with the rows' columns as (R, width) tensors in id order, (R,) for width 1.
+
+    Every rank that holds a part of the table must call it.
+    """
+    names = weight.cache.layout.state_names()
+    if any(name in state for name in names):
+        return dict(state)  # loaded, and not stepped since
+    columns = {name: weight.logical(name) for name in names}
+    if weight.rule.name == "rowwise_adagrad":
+        columns["sum"] = columns["sum"][:, 0]
+    return {**state, **columns}
+
+
+def load_logical_states(optimizer: torch.optim.Optimizer, states: dict[torch.Tensor, dict]) -> None:
+    """Puts {block: its state as `logical_state` gives it} into the optimizer and the rows.
+
+    Raises:
+        ValueError: a state is of another shape; nothing was changed.
+    """
+    for parameter, state in states.items():
+        _check_foreign_state(optimizer, state, cached_weight_of(parameter))
+    for group, parameter, weight in list(blocks_of(optimizer)):
+        if parameter in states:
+            rule = make_rule(optimizer.rule_name if steps_rows(optimizer) else ADAPTED[type(optimizer)])
+            _own(optimizer, rule, group, weight, keep_slots=False)
+            optimizer.state[parameter] = dict(states[parameter])
+            _import_foreign_state(optimizer.state[parameter], weight)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, holds_blocks: bool) -> None:
+    """Raises ValueError for an optimizer without a row rule that holds (or will hold) blocks; names those that have."""
+    if not holds_blocks or steps_rows(optimizer) or type(optimizer) in ADAPTED:
+        return
+    name = type(optimizer).__name__
+    raise ValueError(
+        f"{name} has no exact row rule, and the model has cached tables: use colossal_freqcache.optim."
+        f"{_REPLACEMENTS.get(name, 'SGD, Adagrad, RowWiseAdagrad or Adam')} (dense parameters are welcome there), or "
+        f"torch.optim.{', '.join(cls.__name__ for cls in ADAPTED)}"
+    )
+
+
+def bind_blocks(optimizer: torch.optim.Optimizer) -> None:
+    """Binds an optimizer to the cached tables among its parameters now, instead of at its first step.
+
+    For one that was built before its parameters became blocks. State of a table's shape that it has by then moves into
+    the rows if it has counted steps; the tensors that a constructor filled are released.
+
+    Raises:
+        ValueError: the optimizer, or a setting, has no row rule; or its state is of another shape. Nothing was changed.
+    """
+    check_optimizer(optimizer, any(True for _ in blocks_of(optimizer)))
+    blocks = [block for block in blocks_of(optimizer) if block[1].requires_grad]
+    rule = make_rule(optimizer.rule_name if steps_rows(optimizer) else ADAPTED.get(type(optimizer), "sgd"))
+    for group, parameter, weight in blocks:
+        weight.check_binding(optimizer, rule, group)
+        _check_foreign_state(optimizer, optimizer.state[parameter], weight)
+    for group, parameter, weight in blocks:
+        _own(optimizer, rule, group, weight, keep_slots=False)
+        _import_foreign_state(optimizer.state[parameter], weight)
+        if not optimizer.state[parameter]:
+            del optimizer.state[parameter]

@@ -1,0 +1,220 @@
+"""Checkpoints through the Booster: tables by `colossal_freqcache.checkpoint`, all else by Colossal-AI's own io.
+
+unsharded (one file)       what plain torch loads: the whole state_dict, tables assembled. Refused above 2 GiB.
+sharded (a directory)      dense parameters and state as Colossal-AI writes them, and a folder `tables` beside them in
+                           the streamed format, which loads on any number of ranks.
+
+Everything that gathers a table is entered by all ranks; only the master writes what Colossal-AI's io writes.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPCheckpointIO
+from colossalai.checkpoint_io import GeneralCheckpointIO, HybridParallelCheckpointIO
+from colossalai.checkpoint_io.utils import save_state_dict
+from torch import nn
+
+from .. import checkpoint as tables_io
+from ..block import cached_weight_of
+from ..step_hooks import bind_blocks, load_logical_states, logical_state
+from .policy import cached_modules
+
+__all__ = ["FreqCacheCheckpointIO", "teach_hybrid_checkpoint_io"]
+
+TABLES = "tables"
+
+
+class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
+    """The checkpoint io of FreqCachePlugin; every rank calls each of its methods."""
+
+    def save_unsharded_model(
+        self, model: Any, checkpoint: str, gather_dtensor: bool, use_safetensors: bool, use_async: bool = False
+    ) -> None:
+        """One file with the whole state_dict, which plain torch loads.
+
+        Raises:
+            ValueError: a table passes its `max_state_dict_bytes`: save with shard=True instead.
+        """
+        _refuse_async(use_async)
+        state_dict = model.unwrap().state_dict()  # a gather: not on the master only
+        if self.coordinator.is_master():
+            save_state_dict(state_dict, checkpoint, use_safetensors)
+        dist.barrier()
+
+    def save_unsharded_optimizer(
+        self, optimizer: Any, checkpoint: str, gather_dtensor: bool, use_async: bool = False
+    ) -> None:
+        """One file with the whole state, tables' columns in id order: what the torch optimizer of the name loads."""
+        _refuse_async(use_async)
+        state_dict = optimizer.state_dict()
+        if self.coordinator.is_master():
+            save_state_dict(state_dict, checkpoint, use_safetensors=False)
+        dist.barrier()
+
+    def load_unsharded_optimizer(
+        self, optimizer: Any, checkpoint: str, low_cpu_mem_mode: bool = True, num_threads: int = 1
+    ) -> None:
+        """What `save_unsharded_optimizer`, or plain torch, wrote; tables' columns go into the rows."""
+        super().load_unsharded_optimizer(optimizer, checkpoint, low_cpu_mem_mode, num_threads)
+        bind_blocks(optimizer.unwrap())
+
+    def save_sharded_model(
+        self,
+        model: Any,
+        checkpoint_path: str,
+        gather_dtensor: bool = True,
+        prefix: str | None = None,
+        max_shard_size: int = 1024,
+        use_safetensors: bool = False,
+        use_async: bool = False,
+    ) -> None:
+        """A directory: dense parameters as Colossal-AI shards them, and `tables`, streamed."""
+        _refuse_async(use_async)
+        module = model.unwrap()
+        tables_io.save(Path(checkpoint_path) / TABLES, _only_tables(module))
+        if self.coordinator.is_master():
+            with _dense_only(module):
+                GeneralCheckpointIO.save_sharded_model(
+                    self, module, checkpoint_path, gather_dtensor, prefix, max_shard_size, use_safetensors
+                )
+        dist.barrier()
+
+    def load_sharded_model(
+        self,
+        model: Any,
+        checkpoint_index_file: str,
+        strict: bool = False,
+        use_safetensors: bool = False,
+        load_sub_module: bool = True,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+    ) -> None:
+        """What `save_sharded_model` wrote, on any number of ranks. Damaged tables are named, and nothing is loaded."""
+        module = model.unwrap()
+        folder = Path(checkpoint_index_file).parent
+        if tables_io.load_latest(folder / TABLES, _only_tables(module)) is None:
+            raise ValueError(f"{folder / TABLES}: no complete checkpoint of the tables")
+        with _dense_only(module):
+            GeneralCheckpointIO.load_sharded_model(
+                self,
+                module,
+                Path(checkpoint_index_file),
+                strict,
+                use_safetensors,
+                load_sub_module,
+                low_cpu_mem_mode=low_cpu_mem_mode,
+                num_threads=num_threads,
+            )
+
+    def save_sharded_optimizer(
+        self,
+        optimizer: Any,
+        checkpoint: str,
+        gather_dtensor: bool = True,
+        prefix: str | None = None,
+        size_per_shard: int = 1024,
+        use_async: bool = False,
+    ) -> None:
+        """A directory: settings and dense state as Colossal-AI writes them, and the tables' columns, streamed."""
+        _refuse_async(use_async)
+        tables_io.save(
+            Path(checkpoint) / TABLES, _only_tables(optimizer.model.unwrap()), optimizer.unwrap(), weights=False
+        )
+        if self.coordinator.is_master():
+            with _dense_only(optimizer.model.unwrap()):
+                GeneralCheckpointIO.save_sharded_optimizer(
+                    self, optimizer.unwrap(), checkpoint, gather_dtensor, prefix, size_per_shard
+                )
+        dist.barrier()
+
+    def load_sharded_optimizer(
+        self,
+        optimizer: Any,
+        index_file_path: str,
+        prefix: str | None = None,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+    ) -> None:
+        """What `save_sharded_optimizer` wrote, on any number of ranks."""
+        GeneralCheckpointIO.load_sharded_optimizer(
+            self,
+            optimizer.unwrap(),
+            index_file_path,
+            prefix,
+            low_cpu_mem_mode=low_cpu_mem_mode,
+            num_threads=num_threads,
+        )
+        folder = Path(index_file_path).parent
+        tables = _only_tables(optimizer.model.unwrap())
+        if tables_io.load_latest(folder / TABLES, tables, optimizer.unwrap(), weights=False) is None:
+            raise ValueError(f"{folder / TABLES}: no complete checkpoint of the tables' optimizer state")
+
+
+def _refuse_async(use_async: bool) -> None:
+    if use_async:
+        raise NotImplementedError("use_async=True: cached tables are saved synchronously; leave it out")
+
+
+def _only_tables(module: nn.Module) -> nn.Module:
+    """A module with the cached tables of `module` alone, under the same names."""
+    root = nn.Module()
+    for name, cached in cached_modules(module).items():
+        *path, last = name.split(".") if name else ["table"]
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(last, cached)
+    return root
+
+
+@contextlib.contextmanager
+def _dense_only(module: nn.Module) -> Iterator[None]:
+    """While it holds, state_dicts of `module` and of its optimizer leave the cached tables out."""
+    weights = [cached._cached_weight for cached in cached_modules(module).values()]
+    for weight in weights:
+        weight.in_state_dict = False
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.in_state_dict = True
+
+
+def teach_hybrid_checkpoint_io() -> None:
+    """Makes HybridParallelPlugin's optimizer checkpoints know cached tables, once in a process.
+
+    Its io gathers and shards state by comparing a parameter's shape before and after tensor parallelism; a cache block
+    has neither. For blocks, and only for them: saving hands out the logical columns, loading puts them into the rows.
+    """
+    io = HybridParallelCheckpointIO
+    if getattr(io, "_knows_cached_tables", False):
+        return
+    io._knows_cached_tables = True
+    gather, load_states = io.gather_from_sharded_optimizer_state, io.load_states_into_optimizer
+
+    @functools.wraps(gather)
+    def gather_with_tables(state: dict, param: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
+        weight = cached_weight_of(param)
+        return gather(state, param, *args, **kwargs) if weight is None else logical_state(state, weight)
+
+    @functools.wraps(load_states)
+    def load_states_with_tables(self: Any, optimizer: Any, state_dict: dict, id_map: dict) -> None:
+        of_tables = {
+            int(number): state
+            for number, state in state_dict.items()
+            if int(number) in id_map and cached_weight_of(id_map[int(number)]) is not None
+        }
+        rest = {number: state for number, state in state_dict.items() if int(number) not in of_tables}
+        load_states(self, optimizer, rest, id_map)
+        load_logical_states(optimizer.optim, {id_map[number]: state for number, state in of_tables.items()})
+
+    io.gather_from_sharded_optimizer_state = staticmethod(gather_with_tables)
+    io.load_states_into_optimizer = load_states_with_tables

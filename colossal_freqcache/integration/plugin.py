@@ -1,0 +1,227 @@
+"""FreqCachePlugin: a Booster plugin. Tables model-parallel over all ranks, the dense part data-parallel, by DDP.
+
+That is the layout of Fang et al. 2022 (arXiv:2208.05321). The base is Colossal-AI's TorchDDPPlugin.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPModel, TorchDDPPlugin
+from colossalai.checkpoint_io import CheckpointIO
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.shardformer import ShardConfig, ShardFormer
+from colossalai.tensor.param_op_hook import ColoParamOpHookManager
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .. import optim
+from ..config import FreqCacheConfig
+from ..parallel import _Sharded
+from ..step_hooks import bind_blocks, check_optimizer
+from .checkpoint_io import FreqCacheCheckpointIO
+from .dataloader import PrefetchingLoader
+from .op_hook import FreqCacheOpHook
+from .policy import FreqCachePolicy, cached_modules, ignore_in_ddp
+
+__all__ = ["FreqCacheModel", "FreqCacheOptimizer", "FreqCachePlugin"]
+
+
+class FreqCacheModel(TorchDDPModel):
+    """The boosted model: DDP around the dense part, parameter hooks in use in forward and backward.
+
+    Attributes:
+        op_hooks: Colossal-AI parameter hooks; the first is the plugin's FreqCacheOpHook.
+    """
+
+    def __init__(self, module: nn.Module, hook: FreqCacheOpHook, **ddp_options: Any) -> None:
+        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
+        if any(parameter.requires_grad for name, parameter in module.named_parameters() if name not in ignored):
+            super().__init__(module, **ddp_options)
+        else:  # tables alone: nothing is left for DDP, which refuses that
+            ModelWrapper.__init__(self, module)
+        self.op_hooks = [hook]
+
+    def unwrap(self, unwrap_peft: bool = True) -> nn.Module:
+        """The model that was boosted, with its tables swapped."""
+        return super().unwrap(unwrap_peft) if self._is_ddp else self.module
+
+    @property
+    def _is_ddp(self) -> bool:
+        return isinstance(self.module, nn.parallel.DistributedDataParallel)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, with the hooks in use."""
+        with self.hooks():
+            return super().forward(*args, **kwargs)
+
+    def hooks(self) -> contextlib.AbstractContextManager:
+        """The context in which `op_hooks` fire."""
+        return ColoParamOpHookManager.use_hooks(*self.op_hooks)
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """As DDP's: dense gradients stay local. Table gradients are exchanged in each backward and add up."""
+        return self.module.no_sync() if self._is_ddp else contextlib.nullcontext()
+
+
+class FreqCacheOptimizer(OptimizerWrapper):
+    """The boosted optimizer: the user's own, which trains dense parameters by torch's rule and tables by row rules."""
+
+    def __init__(self, optimizer: Optimizer, model: FreqCacheModel) -> None:
+        super().__init__(optimizer)
+        self.model = model
+
+    def backward(self, loss: torch.Tensor, inputs=None, retain_graph: bool = False, **kwargs: Any) -> None:
+        """loss.backward(), with the model's parameter hooks in use."""
+        with self.model.hooks():
+            super().backward(loss, inputs=inputs, retain_graph=retain_graph, **kwargs)
+
+    def backward_by_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's, with the model's parameter hooks in use."""
+        with self.model.hooks():
+            super().backward_by_grad(*args, **kwargs)
+
+    def clip_grad_by_norm(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Scales all gradients so that their norm, over dense parameters and the tables of all ranks, is <= max_norm.
+
+        Every rank must call it. Returns the norm before, the same on all ranks.
+        """
+        return optim.clip_grad_norm_(self.parameters, max_norm, norm_type, error_if_nonfinite)
+
+    def clip_grad_by_value(self, clip_value: float, *args: Any, **kwargs: Any) -> None:
+        """Clamps every element of all gradients to [-clip_value, clip_value], those of the tables' rows too."""
+        with torch.no_grad():
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    grad = parameter.grad
+                    (grad._values() if grad.is_sparse else grad).clamp_(-clip_value, clip_value)
+
+
+class FreqCachePlugin(TorchDDPPlugin):
+    """Booster plugin for models with embedding tables that do not fit on the device.
+
+    Every nn.EmbeddingBag of the model becomes a ParallelFreqAwareEmbeddingBag over all ranks (sharded by
+    `config.sharding`); the rest is data-parallel. Each rank trains on its own share of the batch. Tables that the model
+    already has as Parallel bags or collections are used as they are.
+
+    Args:
+        config: FreqCacheConfig, or what `load_config` takes.
+        ids: fn(batch) -> what the forward of the model's one table module takes (a tensor or a tuple), or {module name:
+            that}; the loader that is boosted then tells the cache the next batch. Without: no prefetch, one warning.
+        pattern, min_rows, counts: as in FreqCachePolicy.
+        ddp_options: keywords of TorchDDPPlugin.
+
+    Raises:
+        ValueError: at boost: an optimizer or a setting without an exact row rule, a model that cannot be swapped.
+    """
+
+    def __init__(
+        self,
+        config: FreqCacheConfig | Mapping[str, Any] | str | Path,
+        ids: Callable[[Any], Any] | None = None,
+        *,
+        pattern: Any = None,
+        min_rows: int = 0,
+        counts: Mapping[str, Any] | None = None,
+        **ddp_options: Any,
+    ) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "no process group: call colossal_freqcache.integration.launch_from_torch() first, in a process that "
+                "`colossalai run` or torchrun has started"
+            )
+        super().__init__(**ddp_options)
+        from .launch import load_config
+
+        self.config = load_config(config)
+        self.ids = ids
+        self.policy = FreqCachePolicy(self.config, pattern=pattern, min_rows=min_rows, counts=counts, output="share")
+        # Of their own: exchanges of tables and DDP's reductions never wait for one another's order.
+        self.group = dist.new_group(backend="gloo")
+
+    def configure(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        criterion: Callable | None = None,
+        dataloader: Any = None,
+        lr_scheduler: LRScheduler | None = None,
+    ) -> tuple:
+        """Swaps the tables, binds the optimizer, wraps model, optimizer and loader."""
+        self._check_optimizer_fits(model, optimizer)
+        if self.policy.tables(model) or not cached_modules(model):
+            shard_config = ShardConfig(tensor_parallel_process_group=self.group)
+            try:
+                model, _ = ShardFormer(shard_config).optimize(model, policy=self.policy)
+            except RuntimeError as error:  # the host wraps what a swap raises, and loses its kind
+                if error.__context__ is not None and isinstance(error.__context__, (ValueError, TypeError)):
+                    raise error.__context__ from None
+                raise
+        self._check_tables(model)
+        ignore_in_ddp(model)
+        if optimizer is not None:
+            bind_blocks(optimizer)
+        hook = FreqCacheOpHook()
+        model = FreqCacheModel(model, hook, **self.ddp_kwargs)
+        if optimizer is not None:
+            optimizer = FreqCacheOptimizer(optimizer, model)
+        if dataloader is not None:
+            dataloader = self._wrapped(dataloader, model, hook)
+        return model, optimizer, criterion, dataloader, lr_scheduler
+
+    def _check_optimizer_fits(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Before anything is swapped: whether the optimizer has a row rule for the tables that it holds."""
+        if optimizer is None:
+            return
+        if isinstance(optimizer, OptimizerWrapper):
+            raise ValueError(f"the optimizer is a {type(optimizer).__name__} already: give the torch optimizer itself")
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        check_optimizer(optimizer, any(id(table.weight) in held for table in self.policy.tables(model).values()))
+
+    def _check_tables(self, model: nn.Module) -> None:
+        for name, module in cached_modules(model).items():
+            if self.world_size > 1 and not isinstance(module, _Sharded):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, which each of {self.world_size} ranks would train for "
+                    f"itself: build Parallel{type(module).__name__} with the same arguments in its place"
+                )
+
+    def _wrapped(self, dataloader: Any, model: FreqCacheModel, hook: FreqCacheOpHook) -> Any:
+        if self.config.depth == 0:
+            return dataloader
+        if self.ids is None:
+            warnings.warn(
+                "FreqCachePlugin has no `ids` function, so the next batch's rows are not prefetched; give "
+                "ids=fn(batch) -> what the table's forward takes, or depth=0",
+                stacklevel=2,
+            )
+            return dataloader
+        return PrefetchingLoader(dataloader, cached_modules(model.unwrap()), self.ids, hook)
+
+    def get_checkpoint_io(self) -> CheckpointIO:
+        """Tables by colossal_freqcache.checkpoint, the dense part by Colossal-AI's own io."""
+        return FreqCacheCheckpointIO()
+
+    def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Iterator[None]:
+        """Accumulate without reducing dense gradients; tables exchange in each backward."""
+        assert isinstance(model, FreqCacheModel), "the model was not boosted by FreqCachePlugin"
+        return model.no_sync()
+
+    def supported_devices(self) -> list[str]:
+        """Host caches only, so far."""
+        return ["cpu"]
+
+    def supported_precisions(self) -> list[str]:
+        """Rows are trained in float32."""
+        return ["fp32"]
+
+    def support_lora(self) -> bool:
+        """No: LoRA is for dense layers of language models."""
+        return False
