@@ -1,4 +1,4 @@
-"""Package metadata. The core needs torch, numpy, numba and rich; colossalai is an extra."""
+"""Package metadata. The core needs torch, numpy, numba, rich and safetensors; colossalai is an extra."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["colossal_freqcache", "colossal_freqcache.*"]),
     python_requires=">=3.11",
-    install_requires=["torch>=2.5", "numpy>=2.0", "numba>=0.61", "rich>=13"],
+    install_requires=["torch>=2.5", "numpy>=2.0", "numba>=0.61", "rich>=13", "safetensors>=0.4.3"],
     extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3",

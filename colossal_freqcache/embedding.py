@@ -494,7 +494,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
             ),
         )
         self.num_embeddings = num_embeddings
-        self.padding_idx = None if padding_idx is None else int(self._padding_ids[0])
+        self.padding_idx = None if padding_idx is None else self._table_padding[0]
 
     @classmethod
     def from_pretrained(

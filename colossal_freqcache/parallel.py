@@ -16,6 +16,7 @@ Source: the hybrid parallelism of Fang et al. 2022 (arXiv:2208.05321), where tab
 """
 
 import dataclasses
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ class Ranks:
 
     Attributes:
         group: their process group, None for one process. rank, size: this one's number, and how many there are.
-        bytes_sent: what this rank has sent to others so far, in bytes, by kind ("ids", "rows", "numbers").
+        bytes_sent: what this rank has sent to others so far, in bytes, by kind ("ids", "rows", "numbers"); without
+            the objects of set-up and errors.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -82,11 +84,11 @@ class Ranks:
         self._run(lambda: dist.all_to_all_single(received, sent.contiguous(), receive, send, group=self.group))
         return received
 
-    def all_gather(self, numbers: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, numbers: torch.Tensor, kind: str = "numbers") -> torch.Tensor:
         """(W, ...): `numbers`, of one shape on all ranks, in rank order."""
         if self.size == 1:
             return numbers.unsqueeze(0)
-        self.bytes_sent["numbers"] += numbers.numel() * numbers.element_size() * (self.size - 1)
+        self.bytes_sent[kind] += numbers.numel() * numbers.element_size() * (self.size - 1)
         gathered = [torch.empty_like(numbers) for _ in range(self.size)]
         self._run(lambda: dist.all_gather(gathered, numbers.contiguous(), group=self.group))
         return torch.stack(gathered)
@@ -152,17 +154,39 @@ class _GatherSame(torch.autograd.Function):
         return grad[ctx.own], None, None
 
 
+class SumOfRanks(torch.autograd.Function):
+    """A tensor that is the same on all ranks, each of which uses it for its part; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, same: torch.Tensor, ranks: Ranks):
+        ctx.ranks = ranks
+        return same.view_as(same)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        return _added(ctx.ranks.all_gather(grad, "rows")), None
+
+
 # ---- placements -----------------------------------------------------------------------------------------------------
 
 
 class ShardedPlacement(Placement):
-    """A part of the tables on each rank. What the three ways of dividing have in common."""
+    """A part of the tables on each rank. What the three ways of dividing have in common.
+
+    Attributes:
+        settings: beside the configuration, what all ranks must have given alike, by name.
+        disagreed: `agree` has raised, or is about to: on all ranks.
+    """
+
+    disagreed = False
 
     def __init__(self, table_sizes: Sequence[int], dim: int, ranks: Ranks, averaged: bool) -> None:
         super().__init__(table_sizes, dim)
         self.ranks = ranks
         self.rank, self.world_size = ranks.rank, ranks.size
         self.divisor = ranks.size if averaged else 1
+        self.settings: dict[str, Any] = {}
 
     def attach(self, cache: RowCache) -> None:
         super().attach(cache)
@@ -181,14 +205,16 @@ class ShardedPlacement(Placement):
         return self.ranks.group
 
     def agree(self, config: FreqCacheConfig) -> FreqCacheConfig:
-        """The smallest size that a rank gave; everything else must be the same on all ranks."""
+        """The smallest of the sizes that ranks gave; everything else must be the same on all ranks."""
+        self.disagreed = True
+        raise_if_any(self.ranks, None)
         named = {}
         for field in dataclasses.fields(config):
-            if field.name not in ("store", "num_slots", "max_cache_bytes"):
+            if field.name not in ("store", "cache_ratio", "num_slots", "max_cache_bytes"):
                 value = getattr(config, field.name)
                 named[field.name] = value if isinstance(value, (int, float, type(None))) else str(value)
-        mine = dict(tables=self.table_sizes, embedding_dim=self.dim, **named)
-        sizes = dict(num_slots=config.num_slots, max_cache_bytes=config.max_cache_bytes)
+        mine = dict(tables=self.table_sizes, embedding_dim=self.dim, **self.settings, **named)
+        sizes = {name: getattr(config, name) for name in ("cache_ratio", "num_slots", "max_cache_bytes")}
         everyone = self.ranks.all_gather_objects((mine, sizes))
         for rank, (theirs, _) in enumerate(everyone):
             for name, value in everyone[0][0].items():
@@ -198,11 +224,11 @@ class ShardedPlacement(Placement):
                         f"table must build it with the same settings"
                     )
         for name in sizes:
-            given = [size[name] for _, size in everyone]
-            if any(value is None for value in given) and any(value is not None for value in given):
-                raise ValueError(f"{name} is given on some ranks and not on others: {given}")
-            sizes[name] = None if given[0] is None else min(given)
-        return dataclasses.replace(config, **sizes)
+            given = [size[name] for _, size in everyone if size[name] is not None]
+            sizes[name] = min(given, default=None)
+        config = dataclasses.replace(config, **sizes)
+        self.disagreed = False
+        return config
 
     def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
         return self.ranks.broadcast(values)
@@ -241,7 +267,7 @@ class ShardedPlacement(Placement):
             result = action()
         except Exception as raised:
             error = raised
-        failed = self.ranks.all_gather(torch.tensor([error is not None]))[:, 0]
+        failed = self.ranks.all_gather(torch.tensor([error is not None]))
         if not failed.any():
             return result
         if error is None and undo is not None:
@@ -250,6 +276,12 @@ class ShardedPlacement(Placement):
 
     def gather_norms(self, norm: torch.Tensor) -> torch.Tensor:
         return self.ranks.all_gather(norm.reshape(1))[:, 0]
+
+
+def raise_if_any(ranks: Ranks, error: Exception | None) -> None:
+    """Raises on every rank if one has an error, and returns on all if none has."""
+    if ranks.all_gather(torch.tensor([error is not None])).any():
+        raise_together(ranks, error)
 
 
 def raise_together(ranks: Ranks, error: Exception | None) -> None:
@@ -445,10 +477,33 @@ class _Sharded:
 
     shardings: tuple[str, ...] = ("column", "row")
 
-    def _shard(
-        self, process_group: dist.ProcessGroup | None, sharding: str, output: str, plan: Sequence[int] | None = None
+    def _build(
+        self,
+        construct: Callable[..., None],
+        options: dict[str, Any],
+        process_group: dist.ProcessGroup | None,
+        sharding: str,
+        output: str,
+        plan: Sequence[int] | None = None,
     ) -> None:
-        """To be called before the bag's constructor, which asks `_place`."""
+        """Runs the bag's constructor (it asks `_place`). What raises on one rank raises on all, and none is left alone.
+
+        construct: the constructor, but for its keywords `options`.
+        """
+        nn.Module.__init__(self)
+        self._ranks = Ranks(process_group)
+        try:
+            self._divide_by(sharding, output, plan)
+            self._given = _described(options)
+            construct(**options)
+            error = None
+        except Exception as raised:
+            if "_placement" in self.__dict__ and self._placement.disagreed:
+                raise  # and so do the others
+            error = raised
+        raise_if_any(self._ranks, error)
+
+    def _divide_by(self, sharding: str, output: str, plan: Sequence[int] | None) -> None:
         if sharding not in self.shardings:
             hint = " for one table (whole tables are placed by the Collection)" if sharding == "table" else ""
             raise ValueError(
@@ -458,11 +513,17 @@ class _Sharded:
             raise ValueError(f"output={output!r} is unknown: choose one of {', '.join(map(repr, OUTPUTS))}")
         if plan is not None and sharding != "table":
             raise ValueError(f'plan is given with sharding={sharding!r}: it is for sharding="table"')
-        nn.Module.__init__(self)
         self.sharding, self.output, self._plan = sharding, output, plan
-        self._ranks = Ranks(process_group)
 
     def _place(self, table_sizes: list[int], counts: np.ndarray | None) -> Placement:
+        placement = self._make_placement(table_sizes, counts)
+        names = ("sharding", "output", "mode", "max_norm", "norm_type", "scale_grad_by_freq")
+        placement.settings = {**{name: getattr(self, name) for name in names}, **self._given}
+        if self.sharding == "table":
+            placement.settings["plan"] = placement.plan
+        return placement
+
+    def _make_placement(self, table_sizes: list[int], counts: np.ndarray | None) -> ShardedPlacement:
         arguments = (table_sizes, self.embedding_dim, self._ranks, self.output == "share")
         if self.sharding == "column":
             return ColumnPlacement(*arguments)
@@ -503,6 +564,7 @@ class _Sharded:
         ranks, error = self._ranks, None
         numbers = torch.zeros(4 + ranks.size, dtype=torch.int64)
         try:
+            self._cached_weight.check_in_place(self.weight)
             batch = make_batch()
             with torch.no_grad():
                 ids = self._ids_of_the_whole(batch)
@@ -575,6 +637,14 @@ class _Sharded:
         bags = (batch.offsets.numel() - 1) // num_tables
         return batch.offsets[::bags] if bags else torch.zeros(num_tables + 1, dtype=torch.int64)
 
+    def _padding_in(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As in one process; but where any rank's tables have padding, no rank leaves out what follows: an exchange."""
+        found = super()._padding_in(batch)
+        if found is None and self.sharding == "table" and max(self._table_padding) >= 0:
+            nothing = torch.zeros(self._padding_ids.numel() + 1, dtype=torch.int64)
+            return nothing[:0], nothing
+        return found
+
     # ---- column, table: bags travel to the rows -----------------------------------------------------------------
 
     def _tables_of(self, rank: int) -> list[int]:
@@ -628,13 +698,14 @@ class _Sharded:
         batch, ranks = plan.sent.batch, self._ranks
         if batch.weights is None:
             return None
+        weights = SumOfRanks.apply(batch.weights, ranks) if self.output == "gather" else batch.weights
         if self.sharding == "column":
-            sent = batch.weights.repeat(1 if self.output == "gather" else ranks.size)
+            sent = weights.repeat(1 if self.output == "gather" else ranks.size)
         else:
             ends = self._table_ends(batch).tolist()
-            by_table = [batch.weights[start:end] for start, end in itertools.pairwise(ends)]
+            by_table = [weights[start:end] for start, end in itertools.pairwise(ends)]
             to = [ranks.rank] if self.output == "gather" else range(ranks.size)
-            sent = torch.cat([batch.weights[:0], *(by_table[table] for rank in to for table in self._tables_of(rank))])
+            sent = torch.cat([weights[:0], *(by_table[table] for rank in to for table in self._tables_of(rank))])
         if self.output == "gather":
             return sent
         receive = [plan.counts[rank][ranks.rank] for rank in range(ranks.size)]
@@ -721,6 +792,15 @@ class _Sharded:
         return ranks.all_to_all(totals[number], receive, sent.counts, "numbers")
 
 
+def _described(options: dict[str, Any]) -> dict[str, Any]:
+    """Of a bag's keywords, what all ranks must give alike and its placement does not see; to be compared."""
+    weights, dtype = options.get("_weight"), options.get("dtype")
+    if dtype is None:
+        dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
+    given = None if weights is None else "given"
+    return {"padding_idx": str(options.get("padding_idx")), "dtype": str(dtype), "_weight": given}
+
+
 def _table_major_order(lengths: torch.Tensor) -> torch.Tensor:
     """int64[N]: where the ids stand, in the order table, rank, that come in the order rank, table; lengths (W, T)."""
     starts = (lengths.reshape(-1).cumsum(0) - lengths.reshape(-1)).view(lengths.shape).t().reshape(-1)
@@ -737,6 +817,9 @@ class _RowPooling:
         self.offsets, self.unique_of_position = sent.batch.offsets, sent.unique_of_position
         self.place = torch.arange(sum(sent.counts), dtype=torch.int32)
         self.chosen: torch.Tensor | None = None
+        # Padding ids that were requested for max_norm alone: no position adds to their gradient.
+        self.unused = torch.ones(self.place.numel(), dtype=torch.bool)
+        self.unused[self.unique_of_position[self.unique_of_position >= 0].long()] = False
 
     def forward(self, rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """(B, T, D) from rows (U, D) and per_sample_weights (N,)."""
@@ -754,6 +837,7 @@ class _RowPooling:
             values = self.kernels.pool_max_backward(*arguments, self.chosen, *places)
         else:
             values = self.kernels.pool_backward(*arguments, weights, self.mode == "mean", False, *places)
+        values[self.unused] = 0
         return values if self.divisors is None else values / self.divisors.clamp(min=1).unsqueeze(1)
 
 
@@ -815,8 +899,8 @@ class ShardedFreqAwareEmbeddingBag(_Sharded, FreqAwareEmbeddingBag):
         output: str = "share",
         **options: Any,
     ) -> None:
-        self._shard(process_group, sharding, output)
-        super().__init__(num_embeddings, embedding_dim, **options)
+        construct = functools.partial(super().__init__, num_embeddings, embedding_dim)
+        self._build(construct, options, process_group, sharding, output)
 
     def forward(
         self,
@@ -858,8 +942,8 @@ class ShardedFreqAwareEmbeddingBagCollection(_Sharded, FreqAwareEmbeddingBagColl
         output: str = "share",
         **options: Any,
     ) -> None:
-        self._shard(process_group, sharding, output, plan)
-        super().__init__(table_sizes, embedding_dim, **options)
+        construct = functools.partial(super().__init__, table_sizes, embedding_dim)
+        self._build(construct, options, process_group, sharding, output, plan)
 
     def forward(
         self,

@@ -121,10 +121,36 @@ def test_an_unknown_setting_is_an_error():
         FreqCacheConfig(cache_rate=0.1)
 
 
-@pytest.mark.parametrize("field", ["window", "depth", "sharding"])
+@pytest.mark.parametrize("field", ["window", "depth"])
 def test_planned_settings_are_named(field):
     with pytest.raises(NotImplementedError, match=f"{field}=3.*planned"):
         FreqCacheConfig(**{field: 3})
+
+
+@pytest.mark.parametrize(("field", "value"), [("sharding", "diagonal"), ("depth", -1), ("depth", True)])
+def test_settings_of_several_ranks_are_checked(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r} is not allowed"):
+        FreqCacheConfig(**{field: value})
+
+
+def test_a_section_lists_the_known_names_where_one_is_unknown():
+    with pytest.raises(ValueError, match=r"my file: unknown 'cache_rate' \(did you mean 'cache_ratio'\?\); known are"):
+        FreqCacheConfig.from_dict({"cache_rate": 0.1}, "my file")
+    with pytest.raises(ValueError, match="freq_cache is a list"):
+        FreqCacheConfig.from_dict([0.1])
+    assert FreqCacheConfig.from_dict({"num_slots": 3, "sharding": "row"}) == FreqCacheConfig(num_slots=3, sharding="row")
+
+
+def test_bag_keywords_are_what_a_bag_takes():
+    config = FreqCacheConfig(num_slots=3, sharding="row", depth=1, optimizer="adagrad")
+    assert config.bag_keywords() == {
+        "num_slots": 3,
+        "warmup_ratio": 1.0,
+        "optimizer": "adagrad",
+        "store": "ram",
+        "kernels": "auto",
+    }
+    FreqAwareEmbeddingBag(10, 2, **config.bag_keywords())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "dlrm"))
 
 import train as job
-from batches import one_id_per_bag, pooled
+from batches import one_id_per_bag, pooled, share_of
 from data_synthetic import SyntheticData
 from model import DLRM, PlainTables, uniform_rows
 
@@ -157,10 +157,24 @@ def test_a_wrong_config_is_refused(small_config, text, message):
         job.read_settings(job.parse_arguments(["--config", str(small_config)]))
 
 
-def test_more_than_one_process_is_refused(monkeypatch):
+def test_plain_tables_are_refused_on_more_than_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(job.SettingError, match="2 processes: sharding the tables over processes is planned"):
-        job.launch(0)
+    with pytest.raises(job.SettingError, match="--uncached is one process on plain tables, got 2"):
+        job.launch(job.DEFAULTS, uncached=True)
+
+
+def test_shares_are_the_batch_cut_by_samples():
+    """Every table's bags of the samples in a share, ragged ones too; the shares together are the batch."""
+    ids = [torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[1], [0], [2]])]
+    batch = pooled([[0.0], [1.0], [2.0]], [each.numpy() for each in ids], [0, 1, 0])
+    first, second = (share_of(batch, rank, 2) for rank in range(2))
+    assert first.values.tolist() == [0, 1, 1] and first.offsets.tolist() == [0, 2]
+    assert second.values.tolist() == [2, 3, 4, 5, 0, 2] and second.offsets.tolist() == [0, 2, 4, 5]
+    assert second.dense.tolist() == [[1.0], [2.0]] and second.labels.tolist() == [1, 0]
+    assert share_of(batch, 0, 1) is batch
+    empty = share_of(batch, 0, 4)
+    assert empty.num_samples == 0 and empty.values.size == empty.offsets.size == 0
+    assert sum(share_of(batch, rank, 4).values.size for rank in range(4)) == batch.values.size
 
 
 def test_a_missing_data_file_ends_the_job_with_one_line():

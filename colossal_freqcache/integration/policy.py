@@ -56,11 +56,6 @@ class FreqCachePolicy(Policy):
     ) -> None:
         super().__init__()
         self.config = config if isinstance(config, FreqCacheConfig) else FreqCacheConfig.from_dict(config)
-        if self.config.sharding == "table":
-            raise ValueError(
-                'sharding="table" places the tables of a ParallelFreqAwareEmbeddingBagCollection; single '
-                'nn.EmbeddingBags are divided by "column" or "row"'
-            )
         self.patterns = [pattern] if isinstance(pattern, str) else pattern
         self.min_rows = min_rows
         self.counts = dict(counts or {})
@@ -127,6 +122,11 @@ class FreqCachePolicy(Policy):
             raise ValueError(
                 f"no nn.EmbeddingBag of at least {self.min_rows} rows"
                 f"{'' if self.patterns is None else f' matching {self.patterns}'} in the model: nothing to cache"
+            )
+        if tables and self.config.sharding == "table":
+            raise ValueError(
+                'sharding="table" places the tables of a ParallelFreqAwareEmbeddingBagCollection; single '
+                'nn.EmbeddingBags are divided by "column" or "row"'
             )
         unknown = sorted(set(self.counts) - set(tables))
         if unknown:

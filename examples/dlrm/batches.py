@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Batch", "ClickData", "DataError", "one_id_per_bag", "pooled", "table_offsets", "train_rows"]
+__all__ = ["Batch", "ClickData", "DataError", "one_id_per_bag", "pooled", "share_of", "table_offsets", "train_rows"]
 
 
 class DataError(ValueError):
@@ -77,6 +77,23 @@ def pooled(dense: np.ndarray, ids_per_table: Sequence[np.ndarray], labels: np.nd
     return Batch(
         np.ascontiguousarray(dense, dtype=np.float32), values, offsets, np.ascontiguousarray(labels, dtype=np.float32)
     )
+
+
+def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
+    """The part of a batch that one of `world_size` processes trains on: consecutive samples, nearly equally many."""
+    if world_size == 1:
+        return batch
+    first, last = (batch.num_samples * part // world_size for part in (rank, rank + 1))
+    starts = batch.offsets.reshape(batch.num_tables, -1)
+    ends = np.append(batch.offsets[1:], len(batch.values)).reshape(starts.shape)
+    lengths = (ends - starts)[:, first:last]
+    offsets = np.zeros(lengths.size, dtype=np.int64)
+    np.cumsum(lengths.reshape(-1)[:-1], out=offsets[1:])
+    if first == last:
+        values = batch.values[:0]
+    else:
+        values = np.concatenate([batch.values[a:b] for a, b in zip(starts[:, first], ends[:, last - 1], strict=True)])
+    return Batch(batch.dense[first:last], values, offsets[: lengths.size], batch.labels[first:last])
 
 
 def table_offsets(batch: Batch) -> np.ndarray:

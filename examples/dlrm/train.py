@@ -1,27 +1,31 @@
 """Trains a DLRM with at most 1.5 % of its embedding rows in the cache, and measures it on later, held-out data.
 
     colossalai run --nproc_per_node 1 examples/dlrm/train.py --config examples/dlrm/configs/purchases.py
-    python examples/dlrm/train.py                      # the same, without a launcher
+    colossalai run --nproc_per_node 2 examples/dlrm/train.py --config examples/dlrm/configs/purchases.py
+    python examples/dlrm/train.py                      # one process, without a launcher
     python examples/dlrm/train.py --cache-ratio 1.0    # every row resident: the same numbers to the last digit
     python examples/dlrm/train.py --uncached           # the same model on plain torch.nn.EmbeddingBag tables
 
-One process; the last line of the output holds the result. The same seed gives the same numbers.
+On several processes the tables are sharded over them (`freq_cache = dict(sharding=...)` in the config), the MLPs are
+data-parallel, and every process trains on its share of each batch: the result is that of one process, within rounding.
+The last line of the output holds it. The same seed gives the same numbers.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from batches import Batch, ClickData, DataError, train_rows
+from batches import Batch, ClickData, DataError, share_of, train_rows
 from data import open_data
 from metrics import LabelRates, auroc, log_loss
 from model import DLRM, PlainTables, uniform_rows
@@ -77,7 +81,15 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SettingError(f"the config file is read with colossalai, which cannot be imported: {error}") from None
     if not arguments.config.is_file():
         raise SettingError(f"--config {arguments.config}: no such file")
-    loaded = Config.from_file(str(arguments.config))
+    if arguments.config.suffix == ".py":
+        loaded = Config.from_file(str(arguments.config))
+    else:  # .json, .yaml, .toml
+        from colossal_freqcache.integration.launch import read_config_file
+
+        try:
+            loaded = read_config_file(arguments.config)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
     unknown = sorted(name for name in loaded if name not in DEFAULTS)
     if unknown:
         raise SettingError(f"{arguments.config}: unknown {', '.join(unknown)}; known are {', '.join(DEFAULTS)}")
@@ -101,20 +113,34 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def launch(seed: int) -> bool:
-    """Joins the process group if a launcher started this process. Returns whether there is a group to leave."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingError(
-            f"{os.environ['WORLD_SIZE']} processes: sharding the tables over processes is planned, not built yet; "
-            "launch one (--nproc_per_node 1)"
-        )
-    if "RANK" not in os.environ:
-        return False
-    import colossalai
-    import torch._dynamo  # noqa: F401  imported after the process group, it makes gloo ranks abort at exit now and then
+@dataclasses.dataclass
+class Launched:
+    """This process among those that a launcher started; one without a launcher."""
 
-    colossalai.launch_from_torch(seed=seed, verbose=False)
-    return True
+    rank: int = 0
+    world_size: int = 1
+    by_launcher: bool = False
+
+    def gather(self, item: Any) -> list:
+        """`item` of every process, in rank order."""
+        if self.world_size == 1:
+            return [item]
+        items: list = [None] * self.world_size
+        torch.distributed.all_gather_object(items, item)
+        return items
+
+
+def launch(settings: dict[str, Any], uncached: bool) -> Launched:
+    """Joins the process group if a launcher started this process."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if uncached and world_size > 1:
+        raise SettingError(f"--uncached is one process on plain tables, got {world_size}: launch one")
+    if "RANK" not in os.environ or uncached:
+        return Launched()
+    from colossal_freqcache.integration import launch_from_torch
+
+    launch_from_torch(dict(freq_cache=settings["freq_cache"]), seed=settings["SEED"], verbose=False)
+    return Launched(torch.distributed.get_rank(), torch.distributed.get_world_size(), by_launcher=True)
 
 
 def cached_tables(
@@ -123,10 +149,11 @@ def cached_tables(
     table_sizes: list[int],
     embedding_dim: int,
     id_counts: np.ndarray,
+    launched: Launched | None = None,
 ) -> nn.Module:
     """The embedding collection of a `freq_cache` section, its ceiling set to its first size: it can never grow.
 
-    id_counts: (rows of all tables,) int64, the tables laid end to end."""
+    id_counts: (rows of all tables,) int64, the tables laid end to end. Under a launcher: sharded over its ranks."""
     from colossal_freqcache import FreqAwareEmbeddingBagCollection, FreqCacheConfig
 
     section = dict(section)
@@ -135,20 +162,25 @@ def cached_tables(
         section["cache_ratio"] = cache_ratio
     if section.setdefault("optimizer", "adagrad") != "adagrad":
         raise SettingError(f"freq_cache: this example trains with adagrad, got optimizer={section['optimizer']!r}")
-    config = FreqCacheConfig(**section)
+    launched = launched or Launched()
+    try:
+        config = FreqCacheConfig.from_dict(section)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+    options: dict[str, Any] = dict(mode="mean", ids_freq_mapping=id_counts)
     if config.max_cache_bytes is None:
-        # a row carries its weight and Adagrad's sum; with a ceiling equal to the size, "1.5 %" holds at every moment
-        row_bytes = 2 * embedding_dim * 4
-        num_slots, _ = config.size_in_slots(sum(table_sizes), row_bytes)
+        # A row carries its weight and Adagrad's sum; with a ceiling equal to the size, "1.5 %" holds at every moment.
+        by_column = config.sharding in (None, "column")
+        row_bytes = 2 * (-(-embedding_dim // launched.world_size) if by_column else embedding_dim) * 4
+        num_rows = sum(table_sizes) if by_column else -(-sum(table_sizes) // launched.world_size)
+        num_slots, _ = config.size_in_slots(num_rows, row_bytes)
         config = dataclasses.replace(config, max_cache_bytes=num_slots * row_bytes)
-    keywords = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) is not None
-    }
-    return FreqAwareEmbeddingBagCollection(
-        table_sizes, embedding_dim, mode="mean", ids_freq_mapping=id_counts, **keywords
-    )
+    if not launched.by_launcher:
+        return FreqAwareEmbeddingBagCollection(table_sizes, embedding_dim, **options, **config.bag_keywords())
+    from colossal_freqcache import ParallelFreqAwareEmbeddingBagCollection
+
+    options["sharding"] = config.sharding or "column"
+    return ParallelFreqAwareEmbeddingBagCollection(table_sizes, embedding_dim, **options, **config.bag_keywords())
 
 
 def build_model(settings: dict[str, Any], embedding: nn.Module, data: ClickData) -> DLRM:
@@ -182,6 +214,39 @@ def build_optimizer(settings: dict[str, Any], model: DLRM, uncached: bool) -> to
         dict(params=list(model.embedding.parameters()), lr=settings["EMBEDDING_LEARNING_RATE"]),
     ]
     return adagrad(groups, lr=settings["LEARNING_RATE"])
+
+
+class TrainBatches:
+    """The training batches in the order of time: (this process's share as tensors, the whole batch, its epoch)."""
+
+    def __init__(self, data: ClickData, settings: dict[str, Any], launched: Launched):
+        self.data, self.settings, self.launched = data, settings, launched
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Batch, int]]:
+        batches = (
+            (batch, epoch)
+            for epoch in range(self.settings["EPOCHS"])
+            for batch in self.data.train_batches(self.settings["BATCH_SIZE"], epoch)
+        )
+        for batch, epoch in itertools.islice(batches, self.settings["STEPS"]):
+            yield tensors(share_of(batch, self.launched.rank, self.launched.world_size)), batch, epoch
+
+
+def boost(
+    model: DLRM, optimizer: torch.optim.Optimizer, batches: TrainBatches, settings: dict[str, Any], launched: Launched
+) -> tuple[nn.Module, Any, Any, Callable[[Tensor], None]]:
+    """Model, optimizer and batches as the config's plugin wraps them, and what runs a backward."""
+    if not launched.by_launcher:
+        return model, optimizer, batches, lambda loss: loss.backward()
+    from colossalai.booster import Booster
+
+    from colossal_freqcache.integration import build_plugin
+
+    # `ids`: what a batch asks of the tables, values and offsets
+    plugin = build_plugin(dict(freq_cache=settings["freq_cache"]), ids=lambda batch: batch[0][1:3])
+    booster = Booster(plugin=plugin)
+    model, optimizer, _, batches, _ = booster.boost(model, optimizer, dataloader=batches)
+    return model, optimizer, batches, lambda loss: booster.backward(loss, optimizer)
 
 
 def tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -242,36 +307,39 @@ def train(
     data: ClickData,
     settings: dict[str, Any],
     rates: LabelRates | None,
+    launched: Launched | None = None,
 ) -> dict[str, float]:
     """Trains in the order of time. `rates` (if given) counts every training label. Returns samples, steps, seconds."""
-    loss_of = nn.BCEWithLogitsLoss()
+    launched = launched or Launched()
+    # A share may be empty, and has no mean then.
+    loss_of = nn.BCEWithLogitsLoss(reduction="mean" if launched.world_size == 1 else "sum")
+    embedding = model.embedding
+    batches = TrainBatches(data, settings, launched)
+    model, optimizer, batches, backward = boost(model, optimizer, batches, settings, launched)
     per_epoch = data.num_train_batches(settings["BATCH_SIZE"])
     limits = [n for n in (settings["STEPS"], per_epoch and per_epoch * settings["EPOCHS"]) if n]
     num_samples, step, seconds, smoothed_loss = 0, 0, 0.0, None
 
-    def batches() -> Iterator[tuple[int, Batch]]:
-        for epoch in range(settings["EPOCHS"]):
-            yield from ((epoch, batch) for batch in data.train_batches(settings["BATCH_SIZE"], epoch))
-
     model.train()
     with Progress("train", min(limits, default=None)) as progress:
         began = time.perf_counter()
-        for epoch, batch in itertools.islice(batches(), settings["STEPS"]):
+        for (dense, values, offsets, labels), batch, epoch in batches:
             if rates is not None and epoch == 0:
                 counting = time.perf_counter()
                 rates.update(batch)
                 began += time.perf_counter() - counting  # the baseline is no part of the model's speed
-            dense, values, offsets, labels = tensors(batch)
             loss = loss_of(model(dense, values, offsets), labels)
+            if launched.world_size > 1:  # gradients are averaged: make that the mean over the whole batch
+                loss = loss * (launched.world_size / batch.num_samples)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            backward(loss)
             optimizer.step()
             step, num_samples = step + 1, num_samples + batch.num_samples
             note = None
             if progress.wants_note:
                 smoothed_loss = loss.item()
                 seconds = time.perf_counter() - began
-                note = f"loss {smoothed_loss:.4f}  {num_samples / seconds:,.0f} samples/s{_hit_note(model)}"
+                note = f"loss {smoothed_loss:.4f}  {num_samples / seconds:,.0f} samples/s{_hit_note(embedding)}"
             progress.advance(note)
         seconds = time.perf_counter() - began
     if not step:
@@ -279,25 +347,30 @@ def train(
     return dict(steps=step, samples=num_samples, seconds=seconds, samples_per_s=num_samples / seconds)
 
 
-def _hit_note(model: DLRM) -> str:
-    stats = getattr(model.embedding, "stats", None)
+def _hit_note(embedding: nn.Module) -> str:
+    stats = getattr(embedding, "stats", None)
     return "" if stats is None else f"  hit ratio {stats.hit_ratio:.4f}"
 
 
 def evaluate(
-    model: DLRM, data: ClickData, settings: dict[str, Any], rates: LabelRates
+    model: DLRM, data: ClickData, settings: dict[str, Any], rates: LabelRates, launched: Launched | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Held-out probabilities (N,), labels (N,), and the scores of every one-feature predictor {name: (N,)}."""
+    """Held-out probabilities (N,), labels (N,), and the scores of every one-feature predictor {name: (N,)}.
+
+    Every process predicts its share of each batch; all get everything."""
+    launched = launched or Launched()
     probabilities, labels, scores = [], [], []
     model.eval()
     with torch.no_grad():
         for batch in itertools.islice(data.test_batches(settings["BATCH_SIZE"]), settings["TEST_BATCHES"]):
-            dense, values, offsets, _ = tensors(batch)
+            dense, values, offsets, _ = tensors(share_of(batch, launched.rank, launched.world_size))
             probabilities.append(torch.sigmoid(model(dense, values, offsets)).numpy())
             labels.append(batch.labels)
             scores.append(rates.score(batch))
     if not labels:
         raise DataError("the data holds no held-out samples")
+    shares = launched.gather(probabilities)
+    probabilities = [np.concatenate(batch) for batch in zip(*shares, strict=True)]
     one_feature = dict(zip(rates.score_names, np.concatenate(scores, axis=1)))
     for name, extra in getattr(data, "extra_scores", {}).items():
         one_feature[name] = extra[: sum(map(len, labels))]
@@ -325,12 +398,14 @@ def report_cache(embedding: nn.Module, data: ClickData, stats: dict[str, Any]) -
         f"{stats['rows_written_back']:,} rows back ({stats['bytes_written_back'] / 2**20:,.1f} MiB), "
         f"{stats['evictions']:,} evictions"
     )
-    biggest = sorted(range(len(data.table_sizes)), key=lambda table: -data.table_sizes[table])[:5]
-    shares = (f"{data.table_names[table]} {stats['hit_ratio_per_table'][table]:.4f}" for table in biggest)
-    print(f"hit ratio of the biggest tables: {', '.join(shares)}")
+    per_table = stats.pop("hit_ratio_per_table")
+    if len(per_table) == len(data.table_names):  # else this process's cache holds other tables than the data has
+        stats["hit_ratio_per_table"] = dict(zip(data.table_names, per_table, strict=True))
+        biggest = sorted(range(len(data.table_sizes)), key=lambda table: -data.table_sizes[table])[:5]
+        shares = (f"{data.table_names[table]} {per_table[table]:.4f}" for table in biggest)
+        print(f"hit ratio of the biggest tables: {', '.join(shares)}")
     print("device bytes: " + ", ".join(f"{name} {size:,}" for name, size in embedding.device_bytes().items()))
-    by_name = dict(zip(data.table_names, stats["hit_ratio_per_table"], strict=True))
-    return dict(stats, hit_ratio_per_table=by_name, num_slots=embedding.num_slots, num_rows=num_rows)
+    return dict(stats, num_slots=embedding.num_slots, num_rows=num_rows)
 
 
 def snapshot(stats: Any) -> dict[str, Any]:
@@ -343,8 +418,9 @@ def snapshot(stats: Any) -> dict[str, Any]:
     return taken
 
 
-def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launched | None = None) -> dict[str, Any]:
     """The whole job; returns the results."""
+    launched = launched or Launched()
     torch.set_num_threads(settings["THREADS"])
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
@@ -364,7 +440,12 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
     else:
         id_counts = count_ids(data, settings)
         embedding = cached_tables(
-            settings["freq_cache"], arguments.cache_ratio, data.table_sizes, settings["EMBEDDING_DIM"], id_counts
+            settings["freq_cache"],
+            arguments.cache_ratio,
+            data.table_sizes,
+            settings["EMBEDDING_DIM"],
+            id_counts,
+            launched,
         )
         footprint = largest_footprint(data, settings)
         print(
@@ -378,9 +459,9 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
     known_rates = data.label_rates() if hasattr(data, "label_rates") else None
     rates = known_rates or LabelRates(data.table_names, data.table_sizes)
     torch.manual_seed(settings["SEED"] + 2)
-    speed = train(model, optimizer, data, settings, rates if known_rates is None else None)
+    speed = train(model, optimizer, data, settings, rates if known_rates is None else None, launched)
     stats = None if arguments.uncached else snapshot(embedding.stats)
-    probabilities, labels, one_feature = evaluate(model, data, settings, rates)
+    probabilities, labels, one_feature = evaluate(model, data, settings, rates, launched)
     baseline_name, baseline_auroc, ranked = LabelRates.best(one_feature, labels)
 
     results: dict[str, Any] = dict(
@@ -396,6 +477,7 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
         config=arguments.config.name,
         seed=settings["SEED"],
         threads=settings["THREADS"],
+        processes=launched.world_size,
         torch=torch.__version__,
         steps=speed["steps"],
         train_seconds=speed["seconds"],
@@ -423,17 +505,21 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
 
 def main() -> int:
     arguments = parse_arguments()
-    has_group = False
+    launched = Launched()
     try:
         settings = read_settings(arguments)
-        has_group = launch(settings["SEED"])
-        results = run(arguments, settings)
+        launched = launch(settings, arguments.uncached)
+        quiet = open(os.devnull, "w") if launched.rank else None  # one process speaks
+        with contextlib.redirect_stdout(quiet) if quiet else contextlib.nullcontext():
+            results = run(arguments, settings, launched)
     except (SettingError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        if has_group:
+        if launched.by_launcher:
             torch.distributed.destroy_process_group()
+    if launched.rank:
+        return 0
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     keys = ("auroc", "baseline_auroc", "logloss", "hit_ratio", "samples_per_s")
