@@ -445,5 +445,5 @@ class CachedWeight:
         if num_bytes > self.max_state_dict_bytes:
             raise ValueError(
                 f"{what} takes {num_bytes} bytes, more than max_state_dict_bytes={self.max_state_dict_bytes}: raise "
-                f"that attribute of the bag, or stream the table (colossal_freqcache.checkpoint, planned)"
+                f"that attribute of the bag, or stream the table: colossal_freqcache.checkpoint.save"
             )

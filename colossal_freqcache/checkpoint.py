@@ -34,7 +34,7 @@ from torch import nn
 from .block import CachedWeight, cached_weight_of, plain_mode
 from .embedding import _CachedBags
 from .row_rules import make_rule
-from .step_hooks import ADAPTED, _restore_gradients, make_state_dict_logical, reset_forgotten_state, steps_rows
+from .step_hooks import ADAPTED, own_blocks, reset_forgotten_state, steps_rows
 
 __all__ = [
     "CheckpointError",
@@ -82,6 +82,7 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     step: int = 0,
     *,
+    weights: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes a checkpoint of `module`, and of `optimizer`, as `directory`/step-…; returns its path.
@@ -93,6 +94,7 @@ def save(
     Args:
         optimizer: one of `colossal_freqcache.optim`, or torch's SGD, Adagrad or SparseAdam; None: weights only.
         step: at least 0; a checkpoint of the same step is replaced.
+        weights: False: the optimizer's state alone, for weights that are kept elsewhere.
         shard_bytes: size of a table's files, about.
 
     Raises:
@@ -103,6 +105,7 @@ def save(
         raise ValueError(f"step={step!r} is not allowed: an int of at least 0")
     if not isinstance(shard_bytes, Integral) or shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes!r} is not allowed: an int of at least 1")
+    _check_weights(weights, optimizer)
     directory = Path(directory)
     model = _Model(module)
     ranks = model.ranks
@@ -111,7 +114,7 @@ def save(
 
     def prepare() -> dict:
         model.settle()
-        described = _describe(model, optimizer, int(step))
+        described = _describe(model, optimizer, int(step), weights)
         if ranks.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             _tidy(directory)
@@ -134,7 +137,11 @@ def save(
 
 
 def load_latest(
-    directory: str | os.PathLike, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    directory: str | os.PathLike,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    weights: bool = True,
 ) -> int | None:
     """Loads the newest complete checkpoint of `directory`; returns its step, None where there is none.
 
@@ -146,16 +153,22 @@ def load_latest(
     newest = ranks.gather(max(found) if found else None)[0]
     if newest is None:
         return None
-    return load(found.get(newest, Path(directory) / f"step-{newest:010d}"), module, optimizer)
+    return load(found.get(newest, Path(directory) / f"step-{newest:010d}"), module, optimizer, weights=weights)
 
 
-def load(path: str | os.PathLike, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+def load(
+    path: str | os.PathLike,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    weights: bool = True,
+) -> int:
     """Loads one checkpoint, the directory `path`, into `module` and `optimizer`; returns its step.
 
     First everything is checked: the manifest, names and shapes, every file's size and checksum. Then tables are
     streamed into place, and training goes on as if it had not been interrupted. Where ranks share tables, each of them
     must call this. With optimizer=None the weights alone are loaded, and optimizer state stays as it is, as with
-    `module.load_state_dict`.
+    `module.load_state_dict`; with weights=False the optimizer's state alone.
 
     Raises:
         CheckpointError: a file is missing, damaged or of a newer format; the tables, parameters or the optimizer are
@@ -163,6 +176,7 @@ def load(path: str | os.PathLike, module: nn.Module, optimizer: torch.optim.Opti
         ValueError, RuntimeError: the optimizer could not be bound to a table (see `CachedWeight.bind`).
         RuntimeError: a file changed after it was checked, and the model holds parts of it.
     """
+    _check_weights(weights, optimizer)
     path = Path(path)
     model = _Model(module)
     ranks = model.ranks
@@ -170,7 +184,7 @@ def load(path: str | os.PathLike, module: nn.Module, optimizer: torch.optim.Opti
     def check() -> tuple[dict, "_Restored | None"]:
         model.settle()
         manifest = _read_manifest(path)
-        _check_model(path, manifest, model)
+        _check_model(path, manifest, model, weights)
         restored = None if optimizer is None else _Restored(path, manifest, model, optimizer)
         _check_files(path, manifest, ranks.rank, ranks.size)
         return manifest, restored
@@ -181,8 +195,9 @@ def load(path: str | os.PathLike, module: nn.Module, optimizer: torch.optim.Opti
         try:
             with plain_mode():
                 for name, table in model.tables.items():
-                    _load_table(path, _table_entry(manifest, name), table, restored)
-                _load_dense(path, manifest, model)
+                    _load_table(path, _table_entry(manifest, name), table, restored, weights)
+                if weights:
+                    _load_dense(path, manifest, model)
                 if restored is not None:
                     restored.finish()
         except CheckpointError as error:
@@ -214,6 +229,7 @@ def read_state_dict(path: str | os.PathLike, max_bytes: int = 2 << 30) -> dict[s
     """
     path = Path(path)
     manifest = _read_manifest(path)
+    _check_has_weights(path, manifest)
     num_bytes = sum(table["rows"] * table["dim"] * _dtype(table["dtype"]).itemsize for table in manifest["tables"])
     num_bytes += sum(_num_bytes(spec) for spec in manifest["dense"].values())
     _check_bytes(path, num_bytes, max_bytes)
@@ -412,12 +428,15 @@ def _cached_bags(module: nn.Module) -> list[_CachedBags]:
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def _describe(model: _Model, optimizer: torch.optim.Optimizer | None, step: int) -> dict:
+def _describe(model: _Model, optimizer: torch.optim.Optimizer | None, step: int, weights: bool) -> dict:
     """Everything but the files: manifest, dense tensors, optimizer tensors; where each table's columns come from.
 
     "sources": {table: {column: None, if the rows carry it, else a tensor over ids of the whole}}.
     """
-    sources: dict[str, dict[str, torch.Tensor | None]] = {name: {"weight": None} for name in model.tables}
+    sources: dict[str, dict[str, torch.Tensor | None]] = {
+        name: {"weight": None} if weights else {} for name in model.tables
+    }
+    dense = model.dense if weights else {}
     saved, tensors = None, {}
     if optimizer is not None:
         saved, tensors = _describe_optimizer(model, optimizer, sources)
@@ -449,10 +468,11 @@ def _describe(model: _Model, optimizer: torch.optim.Optimizer | None, step: int)
         "keys": model.keys,
         "aliases": model.aliases,
         "tables": tables,
-        "dense": _specs(model.dense),
+        "weights": weights,
+        "dense": _specs(dense),
         "optimizer": saved,
     }
-    return {"manifest": manifest, "dense": model.dense, "optimizer": tensors, "sources": sources}
+    return {"manifest": manifest, "dense": dense, "optimizer": tensors, "sources": sources}
 
 
 def _describe_optimizer(
@@ -608,8 +628,8 @@ def _write_tables(folder: Path, model: _Model, described: dict, shard_bytes: int
     shards = []
     for number, entry in enumerate(described["manifest"]["tables"]):
         row_bytes = sum(entry["columns"].values()) * _dtype(entry["dtype"]).itemsize
-        step = max(1, shard_bytes // row_bytes)
-        starts = range(0, entry["rows"], step)
+        step = max(1, shard_bytes // max(1, row_bytes))
+        starts = range(0, entry["rows"] if row_bytes else 0, step)
         entry["shards"] = [
             {
                 "file": f"table-{number:04d}-{shard:05d}.safetensors",
@@ -719,13 +739,25 @@ def _fsync_directory(path: Path) -> None:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def _check_model(path: Path, manifest: dict, model: _Model) -> None:
+def _check_weights(weights: bool, optimizer: torch.optim.Optimizer | None) -> None:
+    if not weights and optimizer is None:
+        raise ValueError("weights=False with optimizer=None leaves nothing: give the optimizer")
+
+
+def _check_has_weights(path: Path, manifest: dict) -> None:
+    if not manifest["weights"]:
+        raise CheckpointError(f"{path / MANIFEST}: it holds an optimizer's state alone: load it with weights=False")
+
+
+def _check_model(path: Path, manifest: dict, model: _Model, weights: bool) -> None:
     """Raises CheckpointError where the checkpoint's tables, parameters or buffers are not the model's."""
     where = path / MANIFEST
-    for kind, theirs, ours in (
-        ("cached tables", [table["name"] for table in manifest["tables"]], model.tables),
-        ("parameters and buffers", manifest["dense"], model.dense),
-    ):
+    kinds: list[tuple[str, Iterable[str], Iterable[str]]]
+    kinds = [("cached tables", [table["name"] for table in manifest["tables"]], model.tables)]
+    if weights:
+        _check_has_weights(path, manifest)
+        kinds.append(("parameters and buffers", manifest["dense"], model.dense))
+    for kind, theirs, ours in kinds:
         theirs, ours = _with_aliases(theirs, manifest["aliases"]), _with_aliases(ours, model.aliases)
         missing, extra = sorted(ours - theirs), sorted(theirs - ours)
         if missing or extra:
@@ -738,7 +770,7 @@ def _check_model(path: Path, manifest: dict, model: _Model) -> None:
         found, wanted = (entry["rows"], entry["dim"]), (table.rows, table.weight.placement.dim)
         if found != wanted:
             raise CheckpointError(f"{where}: table {name!r} is {found} in it, {wanted} in the model (rows, dim)")
-    for name, tensor in model.dense.items():
+    for name, tensor in model.dense.items() if weights else ():
         spec = manifest["dense"][manifest["aliases"].get(name, name)]
         if spec["shape"] != list(tensor.shape):
             raise CheckpointError(f"{where}: {name!r} is {spec['shape']} in it, {list(tensor.shape)} in the model")
@@ -819,10 +851,8 @@ class _Restored:
             weight = cached_weight_of(parameter)
             if weight.owner is self.optimizer:  # what "initial" means is the saved group's from here on
                 weight.cache.layout = rule.layout(weight.cache.layout.dim, weight.cache.layout.dtype, group)
-            elif entry["bound"] and steps_rows(self.optimizer):
-                self.optimizer._bind(group, parameter, weight)
             elif entry["bound"]:
-                _bind_foreign(self.optimizer, group, weight)
+                own_blocks(self.optimizer, rule, group, weight, keep_slots=False)
 
     def columns(self, weight: CachedWeight) -> dict[str, float]:
         """{state column that is to be filled: its initial value}; none where the optimizer does not train `weight`."""
@@ -847,30 +877,23 @@ class _Restored:
                 self.optimizer.state[parameter] = {"step": step}
 
 
-def _bind_foreign(optimizer: torch.optim.Optimizer, group: dict, weight: CachedWeight) -> None:
-    """Binds one of torch's optimizers, as its first step would."""
-    weight.bind(optimizer, make_rule(ADAPTED[type(optimizer)]), group)
-    optimizer.register_state_dict_post_hook(make_state_dict_logical)
-    handle = optimizer.register_step_post_hook(_restore_gradients)
-    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # before the user's own
-
-
-def _load_table(path: Path, entry: dict, table: _Table, restored: _Restored | None) -> None:
-    """Streams one table's weights, and the state columns that `restored` wants, into place."""
+def _load_table(path: Path, entry: dict, table: _Table, restored: _Restored | None, weights: bool) -> None:
+    """Streams one table's weights, if wanted, and the state columns that `restored` wants, into place."""
     weight = table.weight
-    initials = {"weight": 0.0, **({} if restored is None else restored.columns(weight))}
+    initials = {} if restored is None else restored.columns(weight)
     widths = weight.column_widths()
+    for column in initials.keys() - entry["columns"].keys():  # the optimizer had not been bound to the table
+        for first, last in table.chunks(0, table.rows):
+            piece = torch.full((last - first, widths[column]), initials[column], dtype=weight.cache.layout.dtype)
+            weight.set_logical(column, piece, first)
+    wanted = [column for column in entry["columns"] if column in initials or (weights and column == "weight")]
     for shard in entry["shards"]:
+        start = table.start + shard["first"]
         with _opened(path / shard["file"]) as file:
-            for column, initial in initials.items():
-                values = file.get_slice(column) if column in entry["columns"] else None
+            for column in wanted:
+                values = file.get_slice(column)
                 for first, last in table.chunks(shard["first"], shard["last"] + 1):
-                    if values is None:  # an optimizer that had not stepped the table
-                        piece = torch.full((last - first, widths[column]), initial, dtype=weight.cache.layout.dtype)
-                    else:
-                        start = table.start + shard["first"]
-                        piece = values[first - start : last - start]
-                    weight.set_logical(column, piece, first)
+                    weight.set_logical(column, values[first - start : last - start], first)
 
 
 def _load_dense(path: Path, manifest: dict, model: _Model) -> None:
@@ -963,7 +986,7 @@ def _check_files(path: Path, manifest: dict, rank: int = 0, num_ranks: int = 1) 
             if shard["first"] != following:
                 raise CheckpointError(f"{path / shard['file']}: ids {following}.. of {table['name']!r} are missing")
             following = shard["last"] + 1
-        if following != table["rows"]:
+        if following != table["rows"] and table["columns"]:
             raise CheckpointError(f"{path / MANIFEST}: ids {following}.. of {table['name']!r} are missing")
     for name in sorted(specs.keys() | manifest["files"].keys()):
         if name not in specs or name not in manifest["files"] or Path(name).name != name:

@@ -210,7 +210,7 @@ class ShardedPlacement(Placement):
         raise_if_any(self.ranks, None)
         named = {}
         for field in dataclasses.fields(config):
-            if field.name not in ("store", "cache_ratio", "num_slots", "max_cache_bytes"):
+            if field.name not in ("store", "sharding", "cache_ratio", "num_slots", "max_cache_bytes"):
                 value = getattr(config, field.name)
                 named[field.name] = value if isinstance(value, (int, float, type(None))) else str(value)
         mine = dict(tables=self.table_sizes, embedding_dim=self.dim, **self.settings, **named)

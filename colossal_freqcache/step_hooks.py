@@ -107,7 +107,7 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
         _check_foreign_state(optimizer, optimizer.state[parameter], weight)
     scale = amp_scale(optimizer)
     for group, parameter, weight in with_gradient:
-        _own(optimizer, rule, group, weight, keep_slots=True)
+        own_blocks(optimizer, rule, group, weight, keep_slots=True)
         if scale is not None:
             _import_foreign_state(optimizer.state[parameter], weight)
             reset_forgotten_state(optimizer, parameter, weight)
@@ -115,7 +115,9 @@ def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch
         weight.stash_gradient()
 
 
-def _own(optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, weight: CachedWeight, keep_slots: bool) -> None:
+def own_blocks(
+    optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, weight: CachedWeight, keep_slots: bool
+) -> None:
     """Binds `optimizer` to the rows, if it is not yet, and gives it the hooks that a foreign one needs (once)."""
     if weight.owner is optimizer:
         return
@@ -223,7 +225,7 @@ def load_logical_states(optimizer: torch.optim.Optimizer, states: dict[torch.Ten
     for group, parameter, weight in list(blocks_of(optimizer)):
         if parameter in states:
             rule = make_rule(optimizer.rule_name if steps_rows(optimizer) else ADAPTED[type(optimizer)])
-            _own(optimizer, rule, group, weight, keep_slots=False)
+            own_blocks(optimizer, rule, group, weight, keep_slots=False)
             optimizer.state[parameter] = dict(states[parameter])
             _import_foreign_state(optimizer.state[parameter], weight)
 
@@ -256,7 +258,7 @@ def bind_blocks(optimizer: torch.optim.Optimizer) -> None:
         weight.check_binding(optimizer, rule, group)
         _check_foreign_state(optimizer, optimizer.state[parameter], weight)
     for group, parameter, weight in blocks:
-        _own(optimizer, rule, group, weight, keep_slots=False)
+        own_blocks(optimizer, rule, group, weight, keep_slots=False)
         _import_foreign_state(optimizer.state[parameter], weight)
         if not optimizer.state[parameter]:
             del optimizer.state[parameter]

@@ -138,7 +138,9 @@ def test_a_section_lists_the_known_names_where_one_is_unknown():
         FreqCacheConfig.from_dict({"cache_rate": 0.1}, "my file")
     with pytest.raises(ValueError, match="freq_cache is a list"):
         FreqCacheConfig.from_dict([0.1])
-    assert FreqCacheConfig.from_dict({"num_slots": 3, "sharding": "row"}) == FreqCacheConfig(num_slots=3, sharding="row")
+    assert FreqCacheConfig.from_dict({"num_slots": 3, "sharding": "row"}) == FreqCacheConfig(
+        num_slots=3, sharding="row"
+    )
 
 
 def test_bag_keywords_are_what_a_bag_takes():

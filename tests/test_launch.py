@@ -260,9 +260,10 @@ def test_launches_in_a_row_all_end_well(config_of):
 def test_a_killed_rank_ends_the_launch(config_of, tmp_path):
     """SIGKILL in the middle of training: the other rank fails with a message, and the launcher with a code."""
     config = tmp_path / "long.py"
-    config.write_text(config_of().read_text().replace("num_train=4000", "num_train=4_000_000"))
+    config.write_text(config_of().read_text().replace("num_train=4000", "num_train=400_000"))
+    arguments = ["--config", str(config), "--steps", "3000"]  # a line every 300
     process = subprocess.Popen(
-        ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), str(EXAMPLE), "--config", str(config)],
+        ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), str(EXAMPLE), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

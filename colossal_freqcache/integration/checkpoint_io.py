@@ -1,7 +1,7 @@
 """Checkpoints through the Booster: tables by `colossal_freqcache.checkpoint`, all else by Colossal-AI's own io.
 
 unsharded (one file)       what plain torch loads: the whole state_dict, tables assembled. Refused above 2 GiB.
-sharded (a directory)      dense parameters and state as Colossal-AI writes them, and a folder `tables` beside them in
+sharded (a directory)      dense parameters and state as Colossal-AI writes them, and beside them a folder `tables` in
                            the streamed format, which loads on any number of ranks.
 
 Everything that gathers a table is entered by all ranks; only the master writes what Colossal-AI's io writes.
@@ -123,9 +123,7 @@ class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
     ) -> None:
         """A directory: settings and dense state as Colossal-AI writes them, and the tables' columns, streamed."""
         _refuse_async(use_async)
-        tables_io.save(
-            Path(checkpoint) / TABLES, _only_tables(optimizer.model.unwrap()), optimizer.unwrap(), weights=False
-        )
+        tables_io.save(Path(checkpoint) / TABLES, optimizer.model.unwrap(), optimizer.unwrap(), weights=False)
         if self.coordinator.is_master():
             with _dense_only(optimizer.model.unwrap()):
                 GeneralCheckpointIO.save_sharded_optimizer(
@@ -141,19 +139,14 @@ class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
         low_cpu_mem_mode: bool = True,
         num_threads: int = 1,
     ) -> None:
-        """What `save_sharded_optimizer` wrote, on any number of ranks."""
-        GeneralCheckpointIO.load_sharded_optimizer(
-            self,
-            optimizer.unwrap(),
-            index_file_path,
-            prefix,
-            low_cpu_mem_mode=low_cpu_mem_mode,
-            num_threads=num_threads,
-        )
-        folder = Path(index_file_path).parent
-        tables = _only_tables(optimizer.model.unwrap())
-        if tables_io.load_latest(folder / TABLES, tables, optimizer.unwrap(), weights=False) is None:
-            raise ValueError(f"{folder / TABLES}: no complete checkpoint of the tables' optimizer state")
+        """What `save_sharded_optimizer` wrote, on any number of ranks; damaged files are named, and nothing is loaded.
+
+        Read from the folder of the tables, which has the dense state as well: the host's own reader of a sharded
+        optimizer needs an accelerator.
+        """
+        folder = Path(index_file_path).parent / TABLES
+        if tables_io.load_latest(folder, optimizer.model.unwrap(), optimizer.unwrap(), weights=False) is None:
+            raise ValueError(f"{folder}: no complete checkpoint of the optimizer")
 
 
 def _refuse_async(use_async: bool) -> None:
