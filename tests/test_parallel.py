@@ -654,3 +654,409 @@ GATHERED = {
 def test_gathered_output(ranks, sharding, name):
     """All ranks pass the same batch and get the same output; no gradient is averaged, the weights' is whole."""
     ranks.run(check_arguments, sharding, GATHERED[name], ragged, SIZES, "gather", name == "weighted", "cpu", False, 20)
+
+
+def check_pretrained(rank, world_size, sharding):
+    table = torch.randn(101, DIM, generator=torch.Generator().manual_seed(2))
+    options = dict(mode="mean", padding_idx=PADDING, include_last_offset=True, max_norm=2.0, norm_type=1.0)
+    frozen = ShardedFreqAwareEmbeddingBag.from_pretrained(table, sharding=sharding, num_slots=12, **options)
+    assert not frozen.weight.requires_grad and frozen.sharding == sharding and frozen.padding_idx == PADDING
+    assert_same_bits(logical(frozen), [table], "the table given")
+    trained = ShardedFreqAwareEmbeddingBag.from_pretrained(table, freeze=False, sharding=sharding, num_slots=12)
+    ids = torch.randperm(101, generator=torch.Generator().manual_seed(rank))[:3].view(1, 3)
+    exact = nn.EmbeddingBag.from_pretrained(table.double(), **options)
+    out = frozen(ids[0], torch.tensor([0, 3]))
+    assert not out.requires_grad, "a frozen table has no graph"
+    assert (out - exact(ids[0], torch.tensor([0, 3]))).abs().max() < 1e-6, "the output of a pretrained table"
+    assert trained(ids).requires_grad, "freeze=False is trained"
+
+
+@pytest.mark.parametrize("sharding", ["column", "row"])
+@on_2_ranks
+def test_from_pretrained(ranks, sharding):
+    """The table given is the one that is looked up; frozen unless told otherwise; its options arrive."""
+    ranks.run(check_pretrained, sharding)
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
+
+
+def train_a_little(rank, bag, optimizer, first, steps):
+    """Steps first.. on the shares of `rank`, or on those of ranks 0 and 1 together if rank is None."""
+    for step in range(first, first + steps):
+        shares = [make_share(SIZES, step, source) for source in ((0, 1) if rank is None else (rank,))]
+        together = [[share.of_table(table) for share in shares] for table in range(len(SIZES))]
+        values = torch.cat([part.values for parts in together for part in parts])
+        lengths = torch.cat([part.lengths[0] for parts in together for part in parts])
+        outs = bag(values, lengths.cumsum(0) - lengths).split([share.lengths.shape[1] for share in shares])
+        mean_loss(step, dict(zip((0, 1) if rank is None else (rank,), outs))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Tables(nn.Module):
+    """T nn.EmbeddingBag under the names of a collection's state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.EmbeddingBag(rows, DIM, mode="sum") for rows in SIZES)
+
+
+def check_state_dict(rank, world_size, sharding):
+    torch.manual_seed(3)
+    plain_tables = Tables()
+    torch.manual_seed(3)
+    bag = ShardedFreqAwareEmbeddingBagCollection(
+        SIZES, DIM, mode="sum", sharding=sharding, num_slots=50, ids_freq_mapping=counts_of(SIZES)
+    )
+    state = bag.state_dict()
+    assert_same_bits(list(state.values()), list(plain_tables.state_dict().values()), "the values drawn from one seed")
+    train_a_little(rank, bag, optim.Adagrad(bag.parameters(), lr=LR), 0, 10)
+    state = bag.state_dict()
+    assert_same_everywhere(list(state.values()), "state_dict")
+    assert_same_everywhere(logical(bag), "logical_weight")
+    assert_same_bits([torch.cat(list(state.values()))], logical(bag), "state_dict and logical_weight")
+    plain_tables.load_state_dict(state)
+    assert_same_bits(list(plain_tables.state_dict().values()), list(state.values()), "nn.ModuleList after loading")
+    other = ShardedFreqAwareEmbeddingBagCollection(SIZES, DIM, mode="sum", sharding="row", num_slots=9)
+    other(torch.tensor([0] * len(SIZES)), torch.arange(len(SIZES)))  # rows that are resident are replaced, too
+    other.load_state_dict(plain_tables.state_dict())
+    assert_same_bits(logical(other), logical(bag), "another sharding after loading")
+    single = FreqAwareEmbeddingBagCollection(SIZES, DIM, mode="sum", num_slots=9)
+    single.load_state_dict(state)
+    assert_same_bits(logical(single), logical(bag), "one process after loading")
+    bag._cache.check()
+    other._cache.check()
+    one = ShardedFreqAwareEmbeddingBag(101, DIM, sharding="row" if sharding == "row" else "column", num_slots=9)
+    nn.EmbeddingBag(101, DIM).load_state_dict(one.state_dict())
+    one.load_state_dict(nn.EmbeddingBag(101, DIM).state_dict())
+
+
+@every_sharding
+@on_2_ranks
+def test_state_dict(ranks, sharding):
+    """First values are nn.EmbeddingBag's; state_dict is the same on all ranks, loads into torch, other shardings, back."""
+    ranks.run(check_state_dict, sharding)
+
+
+def check_init(rank, world_size, sharding):
+    bag = make_collection(world_size, sharding, 20, ids_freq_mapping=counts_of(SIZES))
+    single = FreqAwareEmbeddingBagCollection(SIZES, DIM, num_slots=20)
+    trained = optim.Adagrad(bag.parameters(), lr=LR)
+    train_a_little(rank, bag, trained, 0, 3)
+    state = logical(bag, trained)[1]
+    for module in (bag, single):
+        torch.manual_seed(5)
+        module.init_(lambda values: values.uniform_(-1, 1))
+    assert_same_bits(logical(bag), logical(single), "init_ on ranks and in one process")
+    assert_same_bits([state], logical(bag, trained)[1:], "the optimizer's state around init_")
+    bag._cache.check()
+
+
+@every_sharding
+@on_2_ranks
+def test_init(ranks, sharding):
+    """init_ gives the values of one process from the same seed."""
+    ranks.run(check_init, sharding)
+
+
+def check_deepcopy(rank, world_size, sharding):
+    bag = make_collection(world_size, sharding, 45)
+    trained = optim.Adam(bag.parameters(), lr=LR)
+    train_a_little(rank, bag, trained, 0, 5)
+    before = logical(bag)
+    other = copy.deepcopy(nn.ModuleDict({"bag": bag}))["bag"]
+    assert_same_bits(logical(other), before, "the copy")
+    train_a_little(rank, other, optim.Adam(other.parameters(), lr=LR), 5, 5)
+    assert_same_bits(logical(bag), before, "the original after its copy was trained")
+    assert not torch.equal(logical(other)[0], before[0]), "the copy was not trained"
+    train_a_little(rank, bag, trained, 5, 5)
+    for module in (bag, other):
+        module._cache.check()
+        assert module.stats.evictions > 0, "nothing was evicted"
+
+
+@every_sharding
+@on_2_ranks
+def test_deepcopy(ranks, sharding):
+    """A copy is a table of its own over the same ranks."""
+    ranks.run(check_deepcopy, sharding)
+
+
+def check_optimizer_state(rank, world_size, sharding, optimizer):
+    def make(collection, **options):
+        bag = collection(SIZES, DIM, mode="sum", num_slots=45, dtype=torch.float64, **options)
+        return bag, getattr(optim, optimizer)(bag.parameters(), lr=LR)
+
+    torch.manual_seed(0)
+    bag, trained = make(ShardedFreqAwareEmbeddingBagCollection, sharding=sharding)
+    train_a_little(rank, bag, trained, 0, 5)
+    tables, states = bag.state_dict(), trained.state_dict()
+    assert_same_everywhere(logical(bag, trained), "the optimizer's state")
+    resumed = [make(ShardedFreqAwareEmbeddingBagCollection, sharding="row", ids_freq_mapping=counts_of(SIZES))]
+    resumed.append(make(FreqAwareEmbeddingBagCollection))
+    train_a_little(rank, bag, trained, 5, 5)
+    for number, (other, others) in enumerate(resumed):
+        other.load_state_dict(tables)
+        others.load_state_dict(copy.deepcopy(states))
+        train_a_little(rank if number == 0 else None, other, others, 5, 5)
+        for found, expected in zip(logical(other, others), logical(bag, trained)):
+            assert_close(found, expected, f"after resuming on {'ranks' if number == 0 else 'one process'}")
+        assert other.stats.evictions > 0, "nothing was evicted"
+    # torch's: the same state, one step more, over the whole batch.
+    plain_tables = nn.EmbeddingBag(NUM_ROWS, DIM, _weight=torch.cat(list(bag.state_dict().values())), mode="sum", sparse=True)
+    torchs = {"SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad, "Adam": torch.optim.SparseAdam}[optimizer]
+    torchs = torchs(plain_tables.parameters(), lr=LR)
+    states = trained.state_dict()
+    torchs.load_state_dict(optim.to_sparse_adam(states) if optimizer == "Adam" else states)
+    shares = [make_share(SIZES, 10, source) for source in range(2)]
+    ids = [share.of_table(table).values + start for share in shares for table, start in enumerate(STARTS[:-1])]
+    lengths = torch.cat([share.lengths.reshape(-1) for share in shares])
+    outs = plain_tables(torch.cat(ids), lengths.cumsum(0) - lengths).split([share.lengths.numel() for share in shares])
+    mean_loss(10, {r: out.view(len(SIZES), -1, DIM).transpose(0, 1) for r, out in enumerate(outs)}).backward()
+    torchs.step()
+    train_a_little(rank, bag, trained, 10, 1)
+    assert_close(logical(bag)[0], plain_tables.weight, "torch's optimizer after loading the state of ours")
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "Adam"])
+@every_sharding
+@on_2_ranks
+def test_optimizer_state(ranks, sharding, optimizer):
+    """The optimizer's state_dict resumes on another sharding, in one process, and in torch's optimizer."""
+    ranks.run(check_optimizer_state, sharding, optimizer)
+
+
+# ---- clipping --------------------------------------------------------------------------------------------------------
+
+
+def check_clipping(rank, world_size, sharding, norm_type):
+    """Embeddings and a dense layer whose gradients are averaged by hand, as DDP would."""
+    torch.manual_seed(0)
+    weights = [torch.randn(rows, DIM, dtype=torch.float64) for rows in SIZES]
+    dense = [nn.Linear(DIM, 1, dtype=torch.float64) for _ in range(2)]
+    dense[1].load_state_dict(dense[0].state_dict())
+    steps = range(12)
+    held = [[make_share(SIZES, step, source) for source in range(world_size)] for step in steps]
+    num_slots = needed_slots(sharding, world_size, SIZES, PLANS[world_size], held)
+    bag = make_collection(world_size, sharding, num_slots, _weight=weights)
+    exact = nn.EmbeddingBag.from_pretrained(torch.cat(weights), freeze=False, mode="sum")
+    ours = optim.Adagrad([*bag.parameters(), *dense[0].parameters()], lr=LR)
+    torchs = torch.optim.Adagrad([*exact.parameters(), *dense[1].parameters()], lr=LR)
+    clipped = 0
+    for step in steps:
+        share = held[step][rank]
+        local_loss(step, rank, dense[0](bag(share.values, share.offsets))).backward()
+        for parameter in dense[0].parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size
+        ids = [s.of_table(t).values + start for s in held[step] for t, start in enumerate(STARTS[:-1])]
+        lengths = torch.cat([s.lengths.reshape(-1) for s in held[step]])
+        outs = exact(torch.cat(ids), lengths.cumsum(0) - lengths).split([s.lengths.numel() for s in held[step]])
+        mean_loss(step, {r: dense[1](o.view(len(SIZES), -1, DIM).transpose(0, 1)) for r, o in enumerate(outs)}).backward()
+        norm = optim.clip_grad_norm_([*bag.parameters(), *dense[0].parameters()], 1.5, norm_type)
+        expected = nn.utils.clip_grad_norm_([*exact.parameters(), *dense[1].parameters()], 1.5, norm_type)
+        assert_close(norm, expected, f"the norm of step {step}")
+        assert len(set(everyone(float(norm)))) == 1, "the norm differs among ranks"
+        clipped += norm > 1.5
+        for optimizer in (ours, torchs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 0 < clipped, "nothing was clipped"
+    assert_close(logical(bag)[0], exact.weight, "the tables after clipped steps")
+    assert_close(dense[0].weight, dense[1].weight, "the dense layer after clipped steps")
+    assert bag.stats.evictions > 0 or (sharding == "table" and rank not in PLANS[world_size]), "nothing was evicted"
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+@every_sharding
+def test_clip_grad_norm(ranks, sharding, norm_type):
+    """The total norm over tables and dense parameters is that of one process, and training goes on as there."""
+    ranks.run(check_clipping, sharding, norm_type)
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def check_groups(rank, world_size):
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group, number = groups[rank % 2], rank // 2
+    for sharding in SHARDINGS:
+        shares = [[make_share(SIZES, 7 * step + rank % 2, source) for source in range(2)] for step in range(8)]
+        torch.manual_seed(rank % 2)
+        weights = [torch.randn(rows, DIM, dtype=torch.float64) for rows in SIZES]
+        bag = ShardedFreqAwareEmbeddingBagCollection(
+            SIZES,
+            DIM,
+            mode="sum",
+            _weight=weights,
+            sharding=sharding,
+            plan=PLANS[2] if sharding == "table" else None,
+            process_group=group,
+            num_slots=needed_slots(sharding, 2, SIZES, PLANS[2], shares),
+        )
+        assert bag.process_group is group and bag._ranks.rank == number and bag._ranks.size == 2
+        exact = nn.EmbeddingBag.from_pretrained(torch.cat(weights), freeze=False, mode="sum")
+        ours, torchs = optim.SGD(bag.parameters(), lr=LR), torch.optim.SGD(exact.parameters(), lr=LR)
+        for step, of_step in enumerate(shares):
+            local_loss(step, number, bag(of_step[number].values, of_step[number].offsets)).backward()
+            ids = [s.of_table(t).values + start for s in of_step for t, start in enumerate(STARTS[:-1])]
+            lengths = torch.cat([s.lengths.reshape(-1) for s in of_step])
+            outs = exact(torch.cat(ids), lengths.cumsum(0) - lengths).split([s.lengths.numel() for s in of_step])
+            mean_loss(step, {r: o.view(len(SIZES), -1, DIM).transpose(0, 1) for r, o in enumerate(outs)}).backward()
+            for optimizer in (ours, torchs):
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_close(logical(bag)[0], exact.weight, f"the tables of group {rank % 2}, by {sharding}")
+        assert bag.stats.evictions > 0, "nothing was evicted"
+
+
+@on_4_ranks
+def test_two_groups(ranks):
+    """Ranks 0 and 2 share one model, 1 and 3 another: each is what its own data makes it."""
+    ranks.run(check_groups)
+
+
+# ---- random traces ---------------------------------------------------------------------------------------------------
+
+
+TRACE_SIZES, TRACE_DIM = [7, 5, 1], 3
+
+
+class Oracle:
+    """A plain table: sum pooling, summed gradients, w -= g."""
+
+    def __init__(self, tables):
+        self.tables = [table.clone() for table in tables]
+        self.grads = [torch.zeros_like(table) for table in tables]
+
+    def forward(self, bags):
+        """(B, T, D) from lists of ids, bags[t][b]."""
+        return torch.stack([torch.stack([t[ids].sum(0) for ids in b]) for t, b in zip(self.tables, bags)], 1)
+
+    def backward(self, bags, grad):
+        for number, of_table in enumerate(bags):
+            for ids, row in zip(of_table, grad[:, number]):
+                for one in ids:
+                    self.grads[number][one] += row
+
+    def step(self):
+        for table, grad in zip(self.tables, self.grads):
+            table -= grad
+            grad.zero_()
+
+
+def check_trace(rank, world_size, sharding, seed, operations):
+    """Small integers in float64, lr 1 and a power of two of ranks: all sums are exact, and equality is the test."""
+    warnings.filterwarnings("ignore", message=".*it grows to.*")
+    chance = random.Random(seed)  # the same on all ranks, which draw what all of them do
+    tables = [torch.arange(rows * TRACE_DIM, dtype=torch.float64).view(rows, -1) + 100 * n for n, rows in enumerate(TRACE_SIZES)]
+    width = -(-TRACE_DIM // world_size) if sharding == "column" else TRACE_DIM
+    bag = ShardedFreqAwareEmbeddingBagCollection(
+        TRACE_SIZES,
+        TRACE_DIM,
+        mode="sum",
+        _weight=tables,
+        sharding=sharding,
+        num_slots=4,
+        max_cache_bytes=7 * width * 8,
+        ids_freq_mapping=chance.choice([None, counts_of(TRACE_SIZES)]),
+        evict_strategy=chance.choice(["dataset", "lfu", "lru", "s3fifo"]),
+        kernels=chance.choice(["cpu", "torch"]),
+    )
+    trained = optim.SGD(bag.parameters(), lr=1.0)
+    oracle, held, refused, done = Oracle(tables), [], 0, dict.fromkeys(("forward", "evaluate", "backward", "step"), 0)
+
+    def draw():
+        """Bags of every rank, [rank][t][b]."""
+        bags = [chance.randrange(3) for _ in range(world_size)]
+        return [
+            [[[chance.randrange(rows) for _ in range(chance.randrange(3))] for _ in range(n)] for rows in TRACE_SIZES]
+            for n in bags
+        ]
+
+    def as_input(bags):
+        lengths = torch.tensor([len(ids) for of_table in bags[rank] for ids in of_table], dtype=torch.int64)
+        values = [one for of_table in bags[rank] for ids in of_table for one in ids]
+        return torch.tensor(values, dtype=torch.int64), lengths.cumsum(0) - lengths
+
+    def lookup(bags):
+        nonlocal refused
+        try:
+            out = bag(*as_input(bags))
+        except CacheTooSmallError:
+            refused += 1
+            return None
+        expected = oracle.forward(bags[rank]) if bags[rank][0] else torch.zeros(0, len(TRACE_SIZES), TRACE_DIM)
+        assert torch.equal(out.detach(), expected.double()), f"operation {number}: the output differs"
+        return out
+
+    for number in range(operations):
+        operation = chance.choice(["forward", "forward", "drop", "evaluate", "prefetch", "backward", "backward", "step", "flush", "load"])
+        if operation == "load" and chance.random() < 0.7:
+            operation = "forward"
+        if operation == "forward":
+            bags = draw()
+            if (out := lookup(bags)) is not None:
+                held.append((bags, out))
+        elif operation == "drop":
+            lookup(draw())
+        elif operation == "evaluate":
+            with torch.no_grad():
+                lookup(draw())
+        elif operation == "prefetch":
+            with contextlib.suppress(CacheTooSmallError):
+                bag.prefetch(*as_input(draw()))
+        elif operation == "backward" and held:
+            bags, out = held.pop(chance.randrange(len(held)))
+            scales = [float(chance.randrange(-2, 3)) for _ in range(world_size)]
+            out.backward(torch.full_like(out, scales[rank]))
+            for source, scale in enumerate(scales):
+                shape = (len(bags[source][0]), len(TRACE_SIZES), TRACE_DIM)
+                oracle.backward(bags[source], torch.full(shape, scale / world_size, dtype=torch.float64))
+        elif operation == "step":
+            trained.step()
+            trained.zero_grad()
+            oracle.step()
+        elif operation == "flush":
+            bag.flush()
+        elif operation == "load" and not any(grad.any() for grad in oracle.grads):
+            oracle.tables = [table.flip(0) for table in oracle.tables]
+            bag.load_state_dict({f"tables.{n}.weight": table for n, table in enumerate(oracle.tables)})
+        done[operation] = done.get(operation, 0) + 1
+        out = None
+        bag._cache.check()
+        if number % 10 == 9:
+            assert torch.equal(logical(bag)[0], torch.cat(oracle.tables)), f"operation {number}: the table differs"
+    assert min(done.values()) > 0 and refused < 0.5 * operations, f"the trace is too one-sided: {done}, {refused} refused"
+    assert bag.stats.evictions > 0, "nothing was evicted"
+    return refused
+
+
+@pytest.mark.parametrize("seed", range(6))
+@every_sharding
+@on_2_ranks
+def test_random_traces(ranks, sharding, seed):
+    """Forwards, held and dropped graphs, backwards, steps, evaluations, prefetches, flushes, loads: a plain table's."""
+    ranks.run(check_trace, sharding, seed, 150)
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["share", "gather"])
+@every_sharding
+def test_one_process_without_a_group(sharding, output):
+    """Without torch.distributed there is one rank: the bits are those of the plain collection."""
+
+    def run(make, **options):
+        torch.manual_seed(0)
+        bag = make(SIZES, DIM, mode="mean", num_slots=45, padding_idx=0, ids_freq_mapping=counts_of(SIZES), **options)
+        optimizer = optim.Adagrad(bag.parameters(), lr=LR)
+        train_a_little(None, bag, optimizer, 0, 20)
+        assert bag.stats.evictions > 0
+        bag._cache.check()
+        return logical(bag, optimizer)
+
+    ours = run(ShardedFreqAwareEmbeddingBagCollection, sharding=sharding, output=output)
+    assert_same_bits(ours, run(FreqAwareEmbeddingBagCollection), "sharded over one rank and not sharded")
