@@ -59,7 +59,8 @@ class CachedWeight:
     Attributes:
         cache: the RowCache.
         placement: which part of the logical table that cache holds.
-        parameter: nn.Parameter (ceiling, local D), a view of the block's weight columns; always the same object.
+        parameter: nn.Parameter (ceiling, local D), a view of the block's weight columns; the same object for
+            life, but for `adopt`.
         rule: the row rule whose state the records hold, or None.
         version: goes up whenever rows are updated (a backward that needs the forward's values compares it).
         num_tokens: tokens not released.
@@ -114,7 +115,7 @@ class CachedWeight:
             RuntimeError: it has a gradient, or is the block of another cache.
         """
         if cached_weight_of(parameter) is not None:
-            raise RuntimeError("the parameter is already the block of a cached table")
+            raise RuntimeError("the parameter is the block of a cached table already: build one table per parameter")
         if parameter.grad is not None:
             raise RuntimeError(
                 f"the parameter has a gradient of shape {tuple(parameter.grad.shape)}, which would be one of another "
@@ -285,7 +286,8 @@ class CachedWeight:
         layout = RowLayout(self.cache.layout.dim, self.cache.layout.dtype)
         if layout != self.cache.layout:
             with plain_mode():
-                self._relayout(layout, False, self.placement.budget_dim * layout.dtype.itemsize)
+                budget = RowLayout(self.placement.budget_dim, layout.dtype)
+                self._relayout(layout, keep_slots=False, budget_row_bytes=budget.row_bytes)
         if self.owner is not None:
             self._replaced.add(self.owner)
         self.rule = self._owner = None

@@ -67,6 +67,7 @@ class RowCache:
         records: (ceiling, W) tensor, the cache block; slots from `num_slots` on are untouched pages.
         layout, stats, slots (SlotTable), store, order (RowOrder).
         moves: goes up whenever a slot changes its row.
+        budget_row_bytes: bytes that a slot takes of `max_cache_bytes`.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class RowCache:
         self.layout = layout
         self.moves = 0
         self.store = make_store(config.store, self.kernels)
-        config.check_slots_fit(self.num_rows, budget_row_bytes or layout.row_bytes)
-        num_slots, ceiling = config.size_in_slots(self.num_rows, budget_row_bytes or layout.row_bytes)
+        self.budget_row_bytes = budget_row_bytes or layout.row_bytes
+        config.check_slots_fit(self.num_rows, self.budget_row_bytes)
+        num_slots, ceiling = config.size_in_slots(self.num_rows, self.budget_row_bytes)
         self._warned_of_growth = False
         self.store.allocate(self.num_rows, layout)
         self._start_empty(num_slots, ceiling)
@@ -240,8 +242,8 @@ class RowCache:
             raise CacheTooSmallError(
                 f"{needed} rows have to be resident at once ({num_missing} to fetch beside {pinned} in use by this "
                 f"batch, by graphs that wait for their backward or step, or by a prefetch), and the cache may hold "
-                f"{self.ceiling} ({self.ceiling * self.layout.row_bytes} bytes of {self.layout.row_bytes} a row). "
-                f"{self.config.advice(needed, self.layout.row_bytes)}, or make the batch smaller, or step sooner"
+                f"{self.ceiling} ({self.ceiling * self.budget_row_bytes} bytes of {self.budget_row_bytes} a row). "
+                f"{self.config.advice(needed, self.budget_row_bytes)}, or make the batch smaller, or step sooner"
             )
         self.grow(min(self.ceiling, max(needed, self.num_slots + self.num_slots // 2)))
 
@@ -378,12 +380,13 @@ class RowCache:
         Raises:
             ValueError: `max_cache_bytes` holds no record (or not the block, with `keep_slots`); nothing was changed.
         """
-        num_slots, ceiling = self.config.size_in_slots(self.num_rows, budget_row_bytes or layout.row_bytes)
+        budget_row_bytes = budget_row_bytes or layout.row_bytes
+        num_slots, ceiling = self.config.size_in_slots(self.num_rows, budget_row_bytes)
         if keep_slots and ceiling < self.ceiling:
             raise ValueError(
-                f"{self.ceiling} slots of {layout.row_bytes} bytes ({self.layout.row_bytes} before the optimizer's "
+                f"{self.ceiling} slots of {budget_row_bytes} bytes ({self.budget_row_bytes} before the optimizer's "
                 f"state) pass max_cache_bytes={self.config.max_cache_bytes}: reserve the state from the start with the "
-                f"bag's optimizer= keyword, or raise max_cache_bytes to {self.ceiling * layout.row_bytes}"
+                f"bag's optimizer= keyword, or raise max_cache_bytes to {self.ceiling * budget_row_bytes}"
             )
         store = self.store.spawn()
         store.allocate(self.num_rows, layout)
@@ -394,7 +397,7 @@ class RowCache:
             old = torch.empty(last - first, old_layout.width, dtype=old_layout.dtype)
             old_store.read(rows, old, places)
             store.write(rows, _converted(old, layout), places)
-        self.layout, self.store = layout, store
+        self.layout, self.store, self.budget_row_bytes = layout, store, budget_row_bytes
         if ceiling != self.ceiling and not keep_slots:
             self._start_empty(num_slots, ceiling)
             self.warm_up()

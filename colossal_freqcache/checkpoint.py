@@ -34,7 +34,7 @@ from torch import nn
 from .block import CachedWeight, cached_weight_of, plain_mode
 from .embedding import _CachedBags
 from .row_rules import make_rule
-from .step_hooks import ADAPTED, own_blocks, reset_forgotten_state, steps_rows
+from .step_hooks import own_blocks, reset_forgotten_state, rule_name_of
 
 __all__ = [
     "CheckpointError",
@@ -493,7 +493,7 @@ def _describe_optimizer(
             if name != "params"
         }
         groups.append({"params": list(range(first, len(parameters))), "settings": settings})
-    rule = _rule_name(optimizer)
+    rule = rule_name_of(optimizer)
     saved = {"class": type(optimizer).__name__, "rule": rule, "param_groups": groups, "parameters": parameters}
     return saved, tensors
 
@@ -510,7 +510,7 @@ def _describe_parameter(
     state = dict(optimizer.state.get(parameter, {}))
     entry: dict[str, Any] = {"tables": tables}
     if tables:
-        if _rule_name(optimizer) is None:
+        if rule_name_of(optimizer) is None:
             raise ValueError(
                 f"{type(optimizer).__name__} holds {tables[0]!r}, a cached table, which it cannot train: use "
                 f"colossal_freqcache.optim, or torch.optim.SGD, Adagrad or SparseAdam"
@@ -796,7 +796,7 @@ class _Restored:
         where = path / MANIFEST
         self.path, self.optimizer = path, optimizer
         self.saved = saved = _saved_optimizer(path, manifest)
-        self.rule_name = rule = _rule_name(optimizer)
+        self.rule_name = rule = rule_name_of(optimizer)
         kind = type(optimizer).__name__
         if saved["rule"] != rule or (rule is None and saved["class"] != kind):
             raise CheckpointError(
@@ -1069,11 +1069,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
-
-
-def _rule_name(optimizer: torch.optim.Optimizer) -> str | None:
-    """Name of the row rule by which the optimizer trains cached tables; None where it cannot."""
-    return optimizer.rule_name if steps_rows(optimizer) else ADAPTED.get(type(optimizer))
 
 
 def _package_version() -> str:

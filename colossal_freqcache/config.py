@@ -49,6 +49,7 @@ class FreqCacheConfig:
         store: "ram", or an object that implements `stores.RowStore`.
         kernels: "auto", "torch" or "cpu".
         sharding: how tables are divided over ranks: "column", "row" or "table"; None: "column".
+        window: planned; leave it out.
         depth: batches whose rows are admitted ahead of training, 0 or 1 (more is planned); None: 1 where the ids of the
             next batch can be known.
 

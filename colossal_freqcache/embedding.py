@@ -137,7 +137,8 @@ class _CachedBags(nn.Module):
         """Initialises the weights in place: fn(values) gets (n, D) tensors of consecutive ids, table after table.
 
         A table of up to 16 MiB comes in one call, a larger one in pieces of a multiple of 16 rows, so an elementwise
-        draw (uniform_, normal_) gives the numbers of one call over the whole. Optimizer state stays.
+        draw (uniform_, normal_) gives the numbers of one call over the whole. Optimizer state stays. On several ranks
+        each draws for itself and keeps its part: give all the same seed.
         """
         weight = self._cached_weight
         weight.settle()

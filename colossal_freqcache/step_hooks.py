@@ -4,6 +4,7 @@ torch.optim.SGD, Adagrad and SparseAdam are adapted: before their step our row r
 group's hyper-parameters, and the gradient is hidden so that torch's arithmetic never reaches the block. Our own
 optimizers do that in their `step`. Any other optimizer that holds a block is refused: it would train slots, not rows.
 After any step of an optimizer that holds a block, the rows of its gradient may leave the cache.
+Beside them: binding an optimizer before its first step, and its state as logical tables, for those who build on it.
 """
 
 import weakref
@@ -17,16 +18,20 @@ from .block import CachedWeight, cached_weight_of
 from .row_rules import RowRule, make_rule
 
 __all__ = [
+    "ADAPTED",
     "amp_scale",
     "bind_blocks",
     "blocks_of",
     "check_optimizer",
+    "install_step_hooks",
     "load_logical_states",
     "logical_state",
-    "install_step_hooks",
     "make_state_dict_logical",
     "next_step",
+    "own_blocks",
     "reset_forgotten_state",
+    "rule_name_of",
+    "steps_rows",
 ]
 
 ADAPTED = {torch.optim.SGD: "sgd", torch.optim.Adagrad: "adagrad", torch.optim.SparseAdam: "adam"}
@@ -69,12 +74,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     if type(optimizer) not in ADAPTED:
         if not any(parameter.requires_grad for _, parameter, _ in blocks):
             return None
-        name = type(optimizer).__name__
-        ours = _REPLACEMENTS.get(name, "SGD, Adagrad, RowWiseAdagrad or Adam")
         raise RuntimeError(
-            f"{name} holds the block of a cached table and has no exact row rule: it would train cache slots, whose "
-            f"rows change. Use colossal_freqcache.optim.{ours} "
-            f"(dense parameters are welcome there), or torch.optim.SGD, Adagrad or SparseAdam"
+            f"{type(optimizer).__name__} holds the block of a cached table and has no exact row rule: it would train "
+            f"cache slots, whose rows change. {_advice(optimizer)}"
         )
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
 
@@ -99,7 +101,7 @@ def amp_scale(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def _apply_rows(optimizer: torch.optim.Optimizer, blocks: list[tuple[dict, torch.Tensor, CachedWeight]]) -> None:
-    rule = make_rule(ADAPTED[type(optimizer)])
+    rule = make_rule(rule_name_of(optimizer))
     with_gradient = [(group, parameter, weight) for group, parameter, weight in blocks if parameter.grad is not None]
     for group, parameter, weight in with_gradient:
         weight.check_binding(optimizer, rule, group)
@@ -209,9 +211,8 @@ def logical_state(state: dict, weight: CachedWeight) -> dict:
     if any(name in state for name in names):
         return dict(state)  # loaded, and not stepped since
     columns = {name: weight.logical(name) for name in names}
-    if weight.rule.name == "rowwise_adagrad":
-        columns["sum"] = columns["sum"][:, 0]
-    return {**state, **columns}
+    per_row = weight.rule.row_columns
+    return {**state, **{name: column[:, 0] if name in per_row else column for name, column in columns.items()}}
 
 
 def load_logical_states(optimizer: torch.optim.Optimizer, states: dict[torch.Tensor, dict]) -> None:
@@ -224,22 +225,29 @@ def load_logical_states(optimizer: torch.optim.Optimizer, states: dict[torch.Ten
         _check_foreign_state(optimizer, state, cached_weight_of(parameter))
     for group, parameter, weight in list(blocks_of(optimizer)):
         if parameter in states:
-            rule = make_rule(optimizer.rule_name if steps_rows(optimizer) else ADAPTED[type(optimizer)])
+            rule = make_rule(rule_name_of(optimizer))
             own_blocks(optimizer, rule, group, weight, keep_slots=False)
             optimizer.state[parameter] = dict(states[parameter])
             _import_foreign_state(optimizer.state[parameter], weight)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, holds_blocks: bool) -> None:
-    """Raises ValueError for an optimizer without a row rule that holds (or will hold) blocks; names those that have."""
-    if not holds_blocks or steps_rows(optimizer) or type(optimizer) in ADAPTED:
-        return
-    name = type(optimizer).__name__
-    raise ValueError(
-        f"{name} has no exact row rule, and the model has cached tables: use colossal_freqcache.optim."
-        f"{_REPLACEMENTS.get(name, 'SGD, Adagrad, RowWiseAdagrad or Adam')} (dense parameters are welcome there), or "
-        f"torch.optim.{', '.join(cls.__name__ for cls in ADAPTED)}"
-    )
+def rule_name_of(optimizer: torch.optim.Optimizer) -> str | None:
+    """The name of the row rule by which `optimizer` trains cached tables; None where it has none."""
+    return optimizer.rule_name if steps_rows(optimizer) else ADAPTED.get(type(optimizer))
+
+
+def _advice(optimizer: torch.optim.Optimizer) -> str:
+    ours = _REPLACEMENTS.get(type(optimizer).__name__, "SGD, Adagrad, RowWiseAdagrad or Adam")
+    theirs = ", ".join(cls.__name__ for cls in ADAPTED)
+    return f"Use colossal_freqcache.optim.{ours} (dense parameters are welcome there), or one of torch.optim.{theirs}"
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for an optimizer that is to train cached tables and has no row rule; names those that have."""
+    if rule_name_of(optimizer) is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no exact row rule, and it holds cached tables. {_advice(optimizer)}"
+        )
 
 
 def bind_blocks(optimizer: torch.optim.Optimizer) -> None:
@@ -251,12 +259,14 @@ def bind_blocks(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ValueError: the optimizer, or a setting, has no row rule; or its state is of another shape. Nothing was changed.
     """
-    check_optimizer(optimizer, any(True for _ in blocks_of(optimizer)))
     blocks = [block for block in blocks_of(optimizer) if block[1].requires_grad]
-    rule = make_rule(optimizer.rule_name if steps_rows(optimizer) else ADAPTED.get(type(optimizer), "sgd"))
+    if not blocks:
+        return
+    check_optimizer(optimizer)
+    rule = make_rule(rule_name_of(optimizer))
     for group, parameter, weight in blocks:
         weight.check_binding(optimizer, rule, group)
-        _check_foreign_state(optimizer, optimizer.state[parameter], weight)
+        _check_foreign_state(optimizer, optimizer.state.get(parameter, {}), weight)
     for group, parameter, weight in blocks:
         own_blocks(optimizer, rule, group, weight, keep_slots=False)
         _import_foreign_state(optimizer.state[parameter], weight)

@@ -34,7 +34,8 @@ from colossal_freqcache.integration import (
     FreqCachePolicy,
     ParallelFreqAwareEmbeddingBagCollection,
 )
-from colossal_freqcache.integration.policy import cached_modules, divide_slots
+from colossal_freqcache.integration.bags import cached_modules
+from colossal_freqcache.integration.policy import divide_slots
 
 pytestmark = pytest.mark.colossalai
 
@@ -43,6 +44,11 @@ DIM = 8
 BATCH = 6  # samples of a rank
 STEPS = 20
 NAMES = [f"tables.{table}.weight" for table in range(len(SIZES))]
+
+
+def section(**settings):
+    """A config with these settings of the cache."""
+    return {"freq_cache": settings}
 
 
 class Net(nn.Module):
@@ -240,10 +246,10 @@ def boosted(kind, world_size, model, optimizer, dataloader=None, sharding="colum
     config = dict(num_slots=budget(world_size, num_batches), sharding=sharding, warmup_ratio=0.5)
     options = dict(counts=COUNTS, **options)
     if kind == "freqcache":
-        plugin = FreqCachePlugin(dict(freq_cache=config), **options)
+        plugin = FreqCachePlugin(section(**config), **options)
         share = slice(dist.get_rank() * BATCH, (dist.get_rank() + 1) * BATCH)
     else:
-        policy = FreqCachePolicy(config, **options)
+        policy = FreqCachePolicy(section(**config), **options)
         plugin = HybridParallelPlugin(tp_size=world_size, pp_size=1, precision="fp32", custom_policy=policy)
         share = slice(None)
     booster = Booster(plugin=plugin)
@@ -404,7 +410,7 @@ def check_loader(world_size):
         share = slice(dist.get_rank() * BATCH, (dist.get_rank() + 1) * BATCH)
         loader = [(ids[share], labels[share]) for ids, labels in batches(world_size)]
         config = dict(num_slots=budget(world_size, 2))
-        plugin = FreqCachePlugin(dict(freq_cache=config), ids=ids_function, counts=COUNTS)
+        plugin = FreqCachePlugin(section(**config), ids=ids_function, counts=COUNTS)
         booster = Booster(plugin=plugin)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -438,7 +444,7 @@ def check_a_too_small_cache_stops_prefetching(world_size):
     row_bytes = -(-DIM // world_size) * 4 * 2
     config = dict(max_cache_bytes=budget(world_size) * row_bytes, optimizer="adagrad")
     ids_function = lambda batch: {f"tables.{t}": batch[0][:, t] for t in range(len(SIZES))}  # noqa: E731
-    booster = Booster(plugin=FreqCachePlugin(dict(freq_cache=config), ids=ids_function, counts=COUNTS))
+    booster = Booster(plugin=FreqCachePlugin(section(**config), ids=ids_function, counts=COUNTS))
     model, optimizer, _, loader, _ = booster.boost(model, torch_optimizer("Adagrad", model), dataloader=loader)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -568,11 +574,11 @@ def shard(model, policy):
 
 
 def check_which_tables_are_swapped():
-    swapped = cached_modules(shard(Nested(), FreqCachePolicy(dict(num_slots=4))))
+    swapped = cached_modules(shard(Nested(), FreqCachePolicy(section(num_slots=4))))
     assert list(swapped) == ["by_name.user", "by_name.item", "listed.0", "tower.1.0"]
-    swapped = cached_modules(shard(Nested(), FreqCachePolicy(dict(num_slots=9), min_rows=10)))
+    swapped = cached_modules(shard(Nested(), FreqCachePolicy(section(num_slots=9), min_rows=10)))
     assert list(swapped) == ["by_name.user", "by_name.item", "tower.1.0"]
-    swapped = cached_modules(shard(Nested(), FreqCachePolicy(dict(num_slots=9), pattern=["by_name.*", "nothing"])))
+    swapped = cached_modules(shard(Nested(), FreqCachePolicy(section(num_slots=9), pattern=["by_name.*", "nothing"])))
     assert list(swapped) == ["by_name.user", "by_name.item"]
 
 
@@ -584,44 +590,44 @@ def check_budget_is_divided():
         "listed.0": [1, 1, 1],
         "tower.1.0": torch.zeros(60),
     }
-    swapped = cached_modules(shard(Nested(), FreqCachePolicy(dict(num_slots=30), counts=counts)))
+    swapped = cached_modules(shard(Nested(), FreqCachePolicy(section(num_slots=30), counts=counts)))
     sizes = {name: module.num_slots for name, module in swapped.items()}
     assert sum(sizes.values()) <= 30 and min(sizes.values()) >= 1
     assert sizes["by_name.item"] > 4 * sizes["by_name.user"] and sizes["tower.1.0"] == 1
-    swapped = cached_modules(shard(Nested(), FreqCachePolicy(dict(max_cache_bytes=1000))))
+    swapped = cached_modules(shard(Nested(), FreqCachePolicy(section(max_cache_bytes=1000))))
     assert sum(module.device_bytes()["cache"] for module in swapped.values()) <= 1000
-    policy = FreqCachePolicy(dict(num_slots=3))
+    policy = FreqCachePolicy(section(num_slots=3))
     with pytest.raises(ValueError, match="a budget of 3 does not hold one row of each of 4 tables"):
         policy.options(policy.tables(Nested()), 1)
 
 
 def check_models_that_cannot_be_swapped():
     for model, policy, message in (
-        (Nested(tied=True), FreqCachePolicy({}), "by_name.user.weight is shared by 2 modules"),
-        (nn.EmbeddingBag(9, 4), FreqCachePolicy({}), "a bare nn.EmbeddingBag"),
-        (nn.Sequential(nn.Linear(2, 2)), FreqCachePolicy({}), "no nn.EmbeddingBag of at least 0 rows"),
-        (Nested(), FreqCachePolicy({}, min_rows=100), "no nn.EmbeddingBag of at least 100 rows"),
-        (Nested(), FreqCachePolicy({}, counts={"user": [1]}), r"counts for \['user'\], but the tables are"),
-        (nn.Sequential(nn.EmbeddingBag(9, 4).half()), FreqCachePolicy({}), "torch.float16: rows are float32"),
-        (Nested(), FreqCachePolicy(dict(sharding="table")), '"column" or "row"'),
+        (Nested(tied=True), FreqCachePolicy(section()), "by_name.user.weight is shared by 2 modules"),
+        (nn.EmbeddingBag(9, 4), FreqCachePolicy(section()), "a bare nn.EmbeddingBag"),
+        (nn.Sequential(nn.Linear(2, 2)), FreqCachePolicy(section()), "no nn.EmbeddingBag in the model"),
+        (Nested(), FreqCachePolicy(section(), min_rows=100), "no nn.EmbeddingBag of at least 100 rows"),
+        (Nested(), FreqCachePolicy(section(), counts={"user": [1]}), r"counts for \['user'\], but the tables are"),
+        (nn.Sequential(nn.EmbeddingBag(9, 4).half()), FreqCachePolicy(section()), "torch.float16: rows are float32"),
+        (Nested(), FreqCachePolicy(section(sharding="table")), '"column" or "row"'),
     ):
         with pytest.raises(ValueError, match=message):
             shard(model, policy)
     wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 1)))
     with pytest.raises(ValueError, match="inside DistributedDataParallel already"):
-        shard(nn.Sequential(wrapped), FreqCachePolicy({}))
+        shard(nn.Sequential(wrapped), FreqCachePolicy(section()))
     with pytest.raises(ValueError, match="unknown 'cache_rate'"):
-        FreqCachePolicy(dict(cache_rate=0.1))
+        FreqCachePolicy(section(cache_rate=0.1))
 
 
 def check_layouts_that_are_refused(world_size):
     if world_size > 1:
-        plugin = HybridParallelPlugin(tp_size=1, pp_size=1, precision="fp32", custom_policy=FreqCachePolicy({}))
+        plugin = HybridParallelPlugin(tp_size=1, pp_size=1, precision="fp32", custom_policy=FreqCachePolicy(section()))
         with pytest.raises(ValueError, match=f"over 1 of {world_size} ranks would give each of {world_size} groups"):
             Booster(plugin=plugin).boost(net())
     for precision in ("fp16", "bf16"):
         plugin = HybridParallelPlugin(
-            tp_size=world_size, pp_size=1, precision=precision, custom_policy=FreqCachePolicy(dict(num_slots=20))
+            tp_size=world_size, pp_size=1, precision=precision, custom_policy=FreqCachePolicy(section(num_slots=20))
         )
         with pytest.raises(TypeError, match="a cached table cannot be cast from torch.float32"):
             Booster(plugin=plugin).boost(net())

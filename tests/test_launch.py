@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ pytest.importorskip("colossalai", reason="colossalai is not installed here")
 from colossalai.context import Config
 
 from colossal_freqcache import FreqCacheConfig
-from colossal_freqcache.integration import build_plugin, launch_from_torch, load_config
-from colossal_freqcache.integration.launch import read_config_file
+from colossal_freqcache.integration import build_plugin, launch_from_torch, load_config, read_config_file
 
 pytestmark = pytest.mark.colossalai
 
@@ -171,7 +169,7 @@ def config_of(tmp_path_factory):
 
     def make(sharding="column", **settings):
         section = dict(cache_ratio=0.04, evict_strategy="dataset", optimizer="adagrad", sharding=sharding, **settings)
-        path = folder / f"{sharding}{len(settings)}.py"
+        path = folder / f"config{len(list(folder.iterdir()))}.py"
         path.write_text(
             "SYNTHETIC = 'kaggle'\n"
             "SYNTHETIC_OPTIONS = dict(scale=0.001, num_train=4000, num_test=2000)\n"
@@ -195,8 +193,7 @@ def one_process(config_of):
 def test_two_processes_give_the_result_of_one(sharding, config_of, one_process, tmp_path):
     """The last batches are uneven; the cache evicts on the way."""
     path = tmp_path / "results.json"
-    ratio = dict() if sharding == "column" else dict(warmup_ratio=1.0)
-    auroc, log_loss, _ = result_of(colossalai_run(2, "--config", config_of(sharding, **ratio), "--json", path))
+    auroc, log_loss, _ = result_of(colossalai_run(2, "--config", config_of(sharding), "--json", path))
     assert auroc == pytest.approx(one_process[0], abs=5e-5)
     assert log_loss == pytest.approx(one_process[1], abs=5e-5)
     results = json.loads(path.read_text())
@@ -211,8 +208,10 @@ def test_one_launched_process_gives_the_digits_of_one_without_a_launcher(config_
 @pytest.mark.slow
 def test_prefetching_changes_no_digit(config_of, one_process):
     """depth=1: the next batch's rows are admitted ahead, where they fit: other hits, the same values."""
-    auroc, log_loss, _ = result_of(colossalai_run(1, "--config", config_of(depth=1, num_slots=2000, cache_ratio=None)))
-    assert (auroc, log_loss) == one_process[:2]
+    size = dict(num_slots=2000, cache_ratio=None)
+    ahead, plain = (result_of(colossalai_run(1, "--config", config_of(depth=depth, **size))) for depth in (1, 0))
+    assert ahead[:2] == plain[:2] == one_process[:2]
+    assert ahead[2] != plain[2], "nothing was prefetched"
 
 
 @pytest.mark.slow
@@ -277,12 +276,9 @@ def test_a_killed_rank_ends_the_launch(config_of, tmp_path):
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         assert len(children) == 2, children
         os.kill(int(children[1]), signal.SIGKILL)
-        began = time.monotonic()
         output, _ = process.communicate(timeout=120)
-        assert process.returncode != 0 and time.monotonic() - began < 120
-        assert "could not exchange with the others" in output or "Connection" in output or "SIGTERM" in output, output[
-            -3000:
-        ]
+        assert process.returncode != 0
+        assert "could not exchange with the others" in output, output[-3000:]
     finally:
         process.kill()
 

@@ -47,8 +47,8 @@ def serve(rank, world_size, connections):
     warnings.filterwarnings("error", message=".*it grows to.*")  # such a cache evicts less than the test believes
     connection = connections[rank]
     while (task := connection.recv()) is not None:
-        check, arguments = task
-        check(rank, world_size, *arguments)
+        check, arguments, options = task
+        check(rank, world_size, *arguments, **options)
         connection.send("done")
 
 
@@ -59,12 +59,12 @@ class RankPool:
         self.world_size = world_size
         self.thread = None
 
-    def run(self, check, *arguments):
-        """check(rank, world_size, *arguments) on every rank. After a failure the next check gets new ranks."""
+    def run(self, check, *arguments, **options):
+        """check(rank, world_size, *arguments, **options) on all ranks. After a failure the next check gets new ones."""
         if self.thread is None:
             self._start()
         for connection in self.connections:
-            connection.send((check, arguments))
+            connection.send((check, arguments, options))
         try:
             for connection in self.connections:
                 connection.recv()
@@ -353,7 +353,7 @@ cached_run = functools.cache(train_ours)  # in each rank; all ranks ask for the 
 
 @functools.cache
 def train_torch(num_shares, optimizer, scenario, steps, dtype):
-    """nn.EmbeddingBag over all tables as one, the shares of all ranks in one batch: ({rank: outs}, [table, *states])."""
+    """nn.EmbeddingBag over all tables as one, all ranks' shares in one batch: ({rank: outs}, [table, *states])."""
     torch.manual_seed(0)
     drawn = [nn.EmbeddingBag(rows, DIM).weight.detach() for rows in SIZES]  # in float32, whatever the run's dtype
     bag = nn.EmbeddingBag.from_pretrained(torch.cat(drawn).to(dtype), freeze=False, mode="sum", sparse=True)
@@ -432,7 +432,7 @@ def test_cached_bits_of_scenarios(ranks, sharding, scenario):
 
 
 def check_adapted(rank, world_size, sharding, optimizer):
-    ours = cached_run(rank, world_size, sharding, optimizer)
+    ours = cached_run(rank, world_size, sharding, optimizer, plain, STEPS)
     adapted = train_ours(rank, world_size, sharding, optimizer, torchs=True)
     assert_same_bits([ours.outs, *ours.tensors], [adapted.outs, *adapted.tensors], "our optimizer and torch's, adapted")
 
@@ -590,18 +590,8 @@ def assert_close(found, expected, what):
 @on_2_ranks
 def test_arguments(ranks, sharding, name):
     """Modes, padding, norms and scale_grad_by_freq, for ragged bags and for 2-D input, by both kernel sets."""
-    ranks.run(check_arguments, sharding, ARGUMENTS[name])
-    ranks.run(
-        check_arguments,
-        sharding,
-        {**ARGUMENTS[name], "include_last_offset": True},
-        ragged,
-        None,
-        "share",
-        False,
-        "torch",
-    )
-    ranks.run(check_arguments, sharding, ARGUMENTS[name], two_dim)
+    ranks.run(check_arguments, sharding, {**ARGUMENTS[name], "include_last_offset": True}, kernels="torch")
+    ranks.run(check_arguments, sharding, ARGUMENTS[name], form=two_dim)
 
 
 WEIGHTED = [{}, {"padding_idx": PADDING}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}]
@@ -613,9 +603,9 @@ WEIGHTED = [{}, {"padding_idx": PADDING}, {"max_norm": 1.0}, {"scale_grad_by_fre
 def test_per_sample_weights(ranks, sharding, options):
     """Outputs, the gradient of the weights, and the trained table; the table frozen, too."""
     options = {"mode": "sum", **options}
-    ranks.run(check_arguments, sharding, options, ragged, None, "share", True)
-    ranks.run(check_arguments, sharding, options, two_dim, None, "share", True, "torch")
-    ranks.run(check_arguments, sharding, options, ragged, None, "share", True, "cpu", True)
+    ranks.run(check_arguments, sharding, options, weighted=True)
+    ranks.run(check_arguments, sharding, options, weighted=True, form=two_dim, kernels="torch")
+    ranks.run(check_arguments, sharding, options, weighted=True, frozen=True)
 
 
 PADDINGS = [PADDING, None, 0, -1, None, PADDING]
@@ -633,14 +623,14 @@ OF_TABLES = {
 @every_sharding
 def test_arguments_of_collections(ranks, sharding, name):
     """Many tables, some of 1 to 3 rows, padding in some; a rank without a table where there are 4."""
-    ranks.run(check_arguments, sharding, OF_TABLES[name], ragged, SIZES)
+    ranks.run(check_arguments, sharding, OF_TABLES[name], sizes=SIZES)
 
 
 @pytest.mark.parametrize("options", WEIGHTED[::2], ids=lambda options: next(iter(options), "plain"))
 @every_sharding
 def test_per_sample_weights_of_collections(ranks, sharding, options):
     """As for one table."""
-    ranks.run(check_arguments, sharding, {"mode": "sum", **options}, ragged, SIZES, "share", True)
+    ranks.run(check_arguments, sharding, {"mode": "sum", **options}, sizes=SIZES, weighted=True)
 
 
 GATHERED = {
@@ -653,7 +643,8 @@ GATHERED = {
 @every_sharding
 def test_gathered_output(ranks, sharding, name):
     """All ranks pass the same batch and get the same output; no gradient is averaged, the weights' is whole."""
-    ranks.run(check_arguments, sharding, GATHERED[name], ragged, SIZES, "gather", name == "weighted", "cpu", False, 20)
+    weighted = name == "weighted"
+    ranks.run(check_arguments, sharding, GATHERED[name], sizes=SIZES, output="gather", weighted=weighted, steps=20)
 
 
 def check_pretrained(rank, world_size, sharding):
@@ -692,6 +683,12 @@ def train_a_little(rank, bag, optimizer, first, steps):
         mean_loss(step, dict(zip((0, 1) if rank is None else (rank,), outs))).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def slots_of_steps(sharding, steps, world_size=2):
+    """What the shares of steps 0.. need."""
+    shares = [[make_share(SIZES, step, rank) for rank in range(world_size)] for step in range(steps)]
+    return needed_slots(sharding, world_size, SIZES, PLANS[world_size], shares)
 
 
 class Tables(nn.Module):
@@ -735,12 +732,12 @@ def check_state_dict(rank, world_size, sharding):
 @every_sharding
 @on_2_ranks
 def test_state_dict(ranks, sharding):
-    """First values are nn.EmbeddingBag's; state_dict is the same on all ranks, loads into torch, other shardings, back."""
+    """First values are nn.EmbeddingBag's; state_dict, equal on all ranks, loads into torch, other shardings, back."""
     ranks.run(check_state_dict, sharding)
 
 
 def check_init(rank, world_size, sharding):
-    bag = make_collection(world_size, sharding, 20, ids_freq_mapping=counts_of(SIZES))
+    bag = make_collection(world_size, sharding, slots_of_steps(sharding, 3), ids_freq_mapping=counts_of(SIZES))
     single = FreqAwareEmbeddingBagCollection(SIZES, DIM, num_slots=20)
     trained = optim.Adagrad(bag.parameters(), lr=LR)
     train_a_little(rank, bag, trained, 0, 3)
@@ -761,16 +758,16 @@ def test_init(ranks, sharding):
 
 
 def check_deepcopy(rank, world_size, sharding):
-    bag = make_collection(world_size, sharding, 45)
+    bag = make_collection(world_size, sharding, slots_of_steps(sharding, 15))
     trained = optim.Adam(bag.parameters(), lr=LR)
     train_a_little(rank, bag, trained, 0, 5)
     before = logical(bag)
     other = copy.deepcopy(nn.ModuleDict({"bag": bag}))["bag"]
     assert_same_bits(logical(other), before, "the copy")
-    train_a_little(rank, other, optim.Adam(other.parameters(), lr=LR), 5, 5)
+    train_a_little(rank, other, optim.Adam(other.parameters(), lr=LR), 5, 10)
     assert_same_bits(logical(bag), before, "the original after its copy was trained")
     assert not torch.equal(logical(other)[0], before[0]), "the copy was not trained"
-    train_a_little(rank, bag, trained, 5, 5)
+    train_a_little(rank, bag, trained, 5, 10)
     for module in (bag, other):
         module._cache.check()
         assert module.stats.evictions > 0, "nothing was evicted"
@@ -785,37 +782,40 @@ def test_deepcopy(ranks, sharding):
 
 def check_optimizer_state(rank, world_size, sharding, optimizer):
     def make(collection, **options):
-        bag = collection(SIZES, DIM, mode="sum", num_slots=45, dtype=torch.float64, **options)
+        num_slots = slots_of_steps(options.get("sharding", "column"), 15)
+        bag = collection(SIZES, DIM, mode="sum", num_slots=num_slots, dtype=torch.float64, **options)
         return bag, getattr(optim, optimizer)(bag.parameters(), lr=LR)
 
     torch.manual_seed(0)
     bag, trained = make(ShardedFreqAwareEmbeddingBagCollection, sharding=sharding)
     train_a_little(rank, bag, trained, 0, 5)
-    tables, states = bag.state_dict(), trained.state_dict()
+    tables, states = bag.state_dict(), copy.deepcopy(trained.state_dict())  # torch's has the live step count
     assert_same_everywhere(logical(bag, trained), "the optimizer's state")
     resumed = [make(ShardedFreqAwareEmbeddingBagCollection, sharding="row", ids_freq_mapping=counts_of(SIZES))]
     resumed.append(make(FreqAwareEmbeddingBagCollection))
-    train_a_little(rank, bag, trained, 5, 5)
+    train_a_little(rank, bag, trained, 5, 9)
     for number, (other, others) in enumerate(resumed):
         other.load_state_dict(tables)
         others.load_state_dict(copy.deepcopy(states))
-        train_a_little(rank if number == 0 else None, other, others, 5, 5)
+        train_a_little(rank if number == 0 else None, other, others, 5, 9)
         for found, expected in zip(logical(other, others), logical(bag, trained)):
             assert_close(found, expected, f"after resuming on {'ranks' if number == 0 else 'one process'}")
         assert other.stats.evictions > 0, "nothing was evicted"
     # torch's: the same state, one step more, over the whole batch.
-    plain_tables = nn.EmbeddingBag(NUM_ROWS, DIM, _weight=torch.cat(list(bag.state_dict().values())), mode="sum", sparse=True)
+    plain_tables = nn.EmbeddingBag(
+        NUM_ROWS, DIM, _weight=torch.cat(list(bag.state_dict().values())), mode="sum", sparse=True
+    )
     torchs = {"SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad, "Adam": torch.optim.SparseAdam}[optimizer]
     torchs = torchs(plain_tables.parameters(), lr=LR)
     states = trained.state_dict()
     torchs.load_state_dict(optim.to_sparse_adam(states) if optimizer == "Adam" else states)
-    shares = [make_share(SIZES, 10, source) for source in range(2)]
+    shares = [make_share(SIZES, 14, source) for source in range(2)]
     ids = [share.of_table(table).values + start for share in shares for table, start in enumerate(STARTS[:-1])]
     lengths = torch.cat([share.lengths.reshape(-1) for share in shares])
     outs = plain_tables(torch.cat(ids), lengths.cumsum(0) - lengths).split([share.lengths.numel() for share in shares])
-    mean_loss(10, {r: out.view(len(SIZES), -1, DIM).transpose(0, 1) for r, out in enumerate(outs)}).backward()
+    mean_loss(14, {r: out.view(len(SIZES), -1, DIM).transpose(0, 1) for r, out in enumerate(outs)}).backward()
     torchs.step()
-    train_a_little(rank, bag, trained, 10, 1)
+    train_a_little(rank, bag, trained, 14, 1)
     assert_close(logical(bag)[0], plain_tables.weight, "torch's optimizer after loading the state of ours")
 
 
@@ -853,7 +853,9 @@ def check_clipping(rank, world_size, sharding, norm_type):
         ids = [s.of_table(t).values + start for s in held[step] for t, start in enumerate(STARTS[:-1])]
         lengths = torch.cat([s.lengths.reshape(-1) for s in held[step]])
         outs = exact(torch.cat(ids), lengths.cumsum(0) - lengths).split([s.lengths.numel() for s in held[step]])
-        mean_loss(step, {r: dense[1](o.view(len(SIZES), -1, DIM).transpose(0, 1)) for r, o in enumerate(outs)}).backward()
+        mean_loss(
+            step, {r: dense[1](o.view(len(SIZES), -1, DIM).transpose(0, 1)) for r, o in enumerate(outs)}
+        ).backward()
         norm = optim.clip_grad_norm_([*bag.parameters(), *dense[0].parameters()], 1.5, norm_type)
         expected = nn.utils.clip_grad_norm_([*exact.parameters(), *dense[1].parameters()], 1.5, norm_type)
         assert_close(norm, expected, f"the norm of step {step}")
@@ -920,7 +922,7 @@ def test_two_groups(ranks):
 # ---- random traces ---------------------------------------------------------------------------------------------------
 
 
-TRACE_SIZES, TRACE_DIM = [7, 5, 1], 3
+TRACE_SIZES, TRACE_DIM = [17, 9, 1], 3
 
 
 class Oracle:
@@ -950,7 +952,10 @@ def check_trace(rank, world_size, sharding, seed, operations):
     """Small integers in float64, lr 1 and a power of two of ranks: all sums are exact, and equality is the test."""
     warnings.filterwarnings("ignore", message=".*it grows to.*")
     chance = random.Random(seed)  # the same on all ranks, which draw what all of them do
-    tables = [torch.arange(rows * TRACE_DIM, dtype=torch.float64).view(rows, -1) + 100 * n for n, rows in enumerate(TRACE_SIZES)]
+    tables = [
+        torch.arange(rows * TRACE_DIM, dtype=torch.float64).view(rows, -1) + 100 * n
+        for n, rows in enumerate(TRACE_SIZES)
+    ]
     width = -(-TRACE_DIM // world_size) if sharding == "column" else TRACE_DIM
     bag = ShardedFreqAwareEmbeddingBagCollection(
         TRACE_SIZES,
@@ -959,7 +964,7 @@ def check_trace(rank, world_size, sharding, seed, operations):
         _weight=tables,
         sharding=sharding,
         num_slots=4,
-        max_cache_bytes=7 * width * 8,
+        max_cache_bytes=(10 if sharding == "column" else 8) * width * 8,
         ids_freq_mapping=chance.choice([None, counts_of(TRACE_SIZES)]),
         evict_strategy=chance.choice(["dataset", "lfu", "lru", "s3fifo"]),
         kernels=chance.choice(["cpu", "torch"]),
@@ -992,7 +997,9 @@ def check_trace(rank, world_size, sharding, seed, operations):
         return out
 
     for number in range(operations):
-        operation = chance.choice(["forward", "forward", "drop", "evaluate", "prefetch", "backward", "backward", "step", "flush", "load"])
+        operation = chance.choice(
+            ["forward", "forward", "drop", "evaluate", "prefetch", "backward", "backward", "step", "flush", "load"]
+        )
         if operation == "load" and chance.random() < 0.7:
             operation = "forward"
         if operation == "forward":
@@ -1028,7 +1035,9 @@ def check_trace(rank, world_size, sharding, seed, operations):
         bag._cache.check()
         if number % 10 == 9:
             assert torch.equal(logical(bag)[0], torch.cat(oracle.tables)), f"operation {number}: the table differs"
-    assert min(done.values()) > 0 and refused < 0.5 * operations, f"the trace is too one-sided: {done}, {refused} refused"
+    assert min(done.values()) > 0 and refused < 0.5 * operations, (
+        f"the trace is too one-sided: {done}, {refused} refused"
+    )
     assert bag.stats.evictions > 0, "nothing was evicted"
     return refused
 

@@ -13,7 +13,8 @@ except ImportError as error:
     ) from error
 
 from .bags import ParallelFreqAwareEmbeddingBag, ParallelFreqAwareEmbeddingBagCollection
-from .launch import build_plugin, launch_from_torch, load_config
+from .config_files import load_config, read_config_file
+from .launch import build_plugin, launch_from_torch
 from .op_hook import FreqCacheOpHook
 from .plugin import FreqCachePlugin
 from .policy import FreqCachePolicy
@@ -27,4 +28,5 @@ __all__ = [
     "build_plugin",
     "launch_from_torch",
     "load_config",
+    "read_config_file",
 ]

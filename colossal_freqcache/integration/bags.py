@@ -7,7 +7,6 @@ Operations on `weight` fire Colossal-AI's parameter hooks (`ColoParamOpHookManag
 in its place would rewrite in-place optimizer updates.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +18,26 @@ from colossalai.tensor.d_tensor.api import init_tensor_as_customization_distribu
 from colossalai.tensor.d_tensor.sharding_spec import ShardingSpec
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..block import plain_mode
+from ..embedding import _CachedBags
 from ..parallel import ShardedFreqAwareEmbeddingBag, ShardedFreqAwareEmbeddingBagCollection
 
-__all__ = ["ParallelFreqAwareEmbeddingBag", "ParallelFreqAwareEmbeddingBagCollection"]
+__all__ = [
+    "ParallelFreqAwareEmbeddingBag",
+    "ParallelFreqAwareEmbeddingBagCollection",
+    "cached_modules",
+    "ignore_in_ddp",
+]
 
 
 class _ParallelBags:
     """What both classes add to the sharded ones: the layout and the hooks."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._register()
 
     def _register(self) -> None:
         """Marks the block as a customized distributed tensor whose gather gives the logical table, in id order."""
@@ -69,14 +79,14 @@ class _ParallelBags:
         spec = ShardingSpec(dim_size=2, dim_partition_dict={1: [0]})
         return init_as_dtensor(table, mesh, spec, torch.Size((placement.num_rows, placement.dim)))
 
-    def _hooked(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """forward(), with the four events of the parameter hooks around it and its backward, if any hook is in use."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The sharded module's forward, with the four events of the parameter hooks around it and its backward."""
         if not ColoParamOpHookManager.has_hook():
-            return forward()
+            return super().forward(*args, **kwargs)
         (graph_input,) = ColoParamOpHookManager.pre_op([self.weight], self.weight)
         self.__dict__["_graph_input"] = graph_input  # no attribute: nn.Module would register it
         try:
-            out = forward()
+            out = super().forward(*args, **kwargs)
         finally:
             del self.__dict__["_graph_input"]
         return ColoParamOpHookManager.post_op([self.weight], out)
@@ -88,31 +98,6 @@ class ParallelFreqAwareEmbeddingBag(_ParallelBags, ShardedFreqAwareEmbeddingBag,
     `weight` is this rank's cache block, marked as a customized distributed tensor whose gather is the logical table.
     Source: the idea and its first name are Colossal-AI's own (v0.1.9); after Fang et al. 2022 (arXiv:2208.05321).
     """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        sharding: str = "column",
-        output: str = "share",
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            num_embeddings, embedding_dim, process_group=process_group, sharding=sharding, output=output, **options
-        )
-        self._register()
-
-    def forward(
-        self,
-        input: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Pooled rows (B, D), as ShardedFreqAwareEmbeddingBag.forward."""
-        forward = super().forward
-        return self._hooked(lambda: forward(input, offsets, per_sample_weights))
 
     @classmethod
     def from_native_module(
@@ -176,38 +161,6 @@ class ParallelFreqAwareEmbeddingBagCollection(_ParallelBags, ShardedFreqAwareEmb
     Gathering `weight` gives all tables, one below the other.
     """
 
-    def __init__(
-        self,
-        table_sizes: Sequence[int],
-        embedding_dim: int,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        sharding: str = "column",
-        plan: Sequence[int] | None = None,
-        output: str = "share",
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            table_sizes,
-            embedding_dim,
-            process_group=process_group,
-            sharding=sharding,
-            plan=plan,
-            output=output,
-            **options,
-        )
-        self._register()
-
-    def forward(
-        self,
-        values: torch.Tensor,
-        offsets: torch.Tensor,
-        per_sample_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Pooled rows (B, T, D), as ShardedFreqAwareEmbeddingBagCollection.forward."""
-        forward = super().forward
-        return self._hooked(lambda: forward(values, offsets, per_sample_weights))
-
     @staticmethod
     def from_native_module(module: nn.Module, process_group: Any = None, **options: Any) -> nn.Module:
         """Refused: no torch module is a collection of tables behind one cache.
@@ -219,3 +172,15 @@ class ParallelFreqAwareEmbeddingBagCollection(_ParallelBags, ShardedFreqAwareEmb
             f"a {type(module).__name__} does not become a collection: build ParallelFreqAwareEmbeddingBagCollection in "
             f"its place, or let FreqCachePolicy swap each nn.EmbeddingBag"
         )
+
+
+def cached_modules(model: nn.Module) -> dict[str, _CachedBags]:
+    """{name: module} of every cached table or collection in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _CachedBags)}
+
+
+def ignore_in_ddp(model: nn.Module) -> None:
+    """Every cache block in the model is left out of DistributedDataParallel: its slots hold other rows on each rank."""
+    names = [f"{name}.weight" if name else "weight" for name in cached_modules(model)]
+    names += list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(set(names)))

@@ -23,7 +23,7 @@ from torch import nn
 from .. import checkpoint as tables_io
 from ..block import cached_weight_of
 from ..step_hooks import bind_blocks, load_logical_states, logical_state
-from .policy import cached_modules
+from .bags import cached_modules
 
 __all__ = ["FreqCacheCheckpointIO", "teach_hybrid_checkpoint_io"]
 

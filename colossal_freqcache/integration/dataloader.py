@@ -67,8 +67,8 @@ class PrefetchingLoader:
         for name, arguments in wanted.items():
             if name not in self._modules:
                 raise ValueError(f"ids(batch) names {name!r}; the table modules are {list(self._modules)}")
-            arguments = (arguments,) if isinstance(arguments, torch.Tensor) else tuple(arguments)
+            arguments = (arguments,) if isinstance(arguments, torch.Tensor) else tuple(arguments)[:2]  # without weights
             module = self._modules[name]
             self._hook.announce(
-                module._cached_weight, lambda module=module, arguments=arguments: module.prefetch(*arguments[:2])
+                module._cached_weight, lambda module=module, arguments=arguments: module.prefetch(*arguments)
             )

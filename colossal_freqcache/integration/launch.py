@@ -5,9 +5,6 @@ freq_cache = dict(cache_ratio=0.015, evict_strategy="dataset", sharding="column"
 parallel = dict(plugin="freqcache")             # or dict(plugin="hybrid", tp_size=2, ...); may be left out
 """
 
-import difflib
-import json
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,12 @@ from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.context import Config
 
 from ..config import FreqCacheConfig
+from .config_files import load_config, read_config_file
 from .plugin import FreqCachePlugin
 from .policy import FreqCachePolicy
 
-__all__ = ["build_plugin", "launch_from_torch", "load_config", "read_config_file"]
+__all__ = ["build_plugin", "launch_from_torch"]
 
-SECTION = "freq_cache"
 PLUGINS = ("freqcache", "hybrid")
 
 # Plugins of Colossal-AI 0.5.0 that take no policy, or no host tensors.
@@ -32,61 +29,6 @@ REFUSED_PLUGINS = {
     "torch_fsdp": "it flattens parameters",
     "torch_ddp": 'it copies every parameter to every rank; use plugin="freqcache", which is DDP for the dense part',
 }
-
-
-def read_config_file(path: str | Path) -> Config:
-    """The settings of a .py, .json, .yaml (.yml) or .toml file, as Colossal-AI's Config.
-
-    Raises:
-        ValueError: no such file, another kind of file, or not a mapping of names to settings.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {path}: no such file")
-    kind = path.suffix.lower()
-    if kind == ".py":
-        return Config.from_file(str(path))
-    try:
-        if kind == ".json":
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        elif kind == ".toml":
-            settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        elif kind in (".yaml", ".yml"):
-            try:
-                import yaml
-            except ImportError:
-                raise ValueError(f"config {path}: reading YAML needs the package pyyaml") from None
-            try:
-                settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise ValueError(f"config {path}: not valid YAML: {error}") from None
-        else:
-            raise ValueError(f"config {path}: {kind or 'no suffix'} is not allowed: .py, .json, .yaml or .toml")
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"config {path}: not valid {kind[1:].upper()}: {error}") from None
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"config {path}: holds a {type(settings).__name__}: give names and settings")
-    return Config(dict(settings))
-
-
-def load_config(config: str | Path | Mapping[str, Any] | FreqCacheConfig) -> FreqCacheConfig:
-    """The FreqCacheConfig of a Colossal-AI config: a file's path, a Config or dict that has a `freq_cache` section.
-
-    Raises:
-        ValueError: the section is missing or misspelt, or a setting in it is unknown or not allowed.
-    """
-    if isinstance(config, FreqCacheConfig):
-        return config
-    where = f"config {config}" if isinstance(config, (str, Path)) else "config"
-    settings = read_config_file(config) if isinstance(config, (str, Path)) else config
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"config is a {type(settings).__name__}: give a path, a Config or a dict")
-    if SECTION not in settings:
-        meant = difflib.get_close_matches(SECTION, [str(name) for name in settings], 1)
-        has = ", ".join(map(str, settings)) or "nothing"
-        found = f"did you mean {meant[0]!r} to be it?" if meant else f"it has {has}"
-        raise ValueError(f"{where} has no section {SECTION!r} ({found}): add {SECTION} = dict(cache_ratio=0.015)")
-    return FreqCacheConfig.from_dict(settings[SECTION], f"{where}: {SECTION}")
 
 
 def build_plugin(
@@ -104,8 +46,11 @@ def build_plugin(
         ValueError: another plugin, one that cannot hold cached tables, or one that does not run here.
     """
     settings = read_config_file(config) if isinstance(config, (str, Path)) else config
-    parallel = {} if isinstance(settings, FreqCacheConfig) else dict(settings.get("parallel") or {})
-    cache_config = load_config(config if isinstance(config, FreqCacheConfig) else settings)
+    cache_config = load_config(settings)
+    parallel = {} if isinstance(settings, FreqCacheConfig) else settings.get("parallel") or {}
+    if not isinstance(parallel, Mapping):
+        raise ValueError(f"parallel={parallel!r} is not allowed: give a dict, as in dict(plugin='hybrid', tp_size=2)")
+    parallel = dict(parallel)
     name = parallel.pop("plugin", "freqcache")
     if name == "freqcache":
         return FreqCachePlugin(cache_config, ids=ids, **options, **parallel)
@@ -130,12 +75,13 @@ def build_plugin(
 
 
 def launch_from_torch(
-    config: str | Path | Mapping[str, Any] | None = None, seed: int = 1024, verbose: bool = True
+    config: str | Path | Mapping[str, Any] | FreqCacheConfig | None = None, seed: int = 1024, verbose: bool = True
 ) -> Config:
     """Joins the process group that torchrun or `colossalai run` set up, as colossalai.launch_from_torch.
 
     Returns:
-        the config, read. A config without a valid `freq_cache` section is refused before the group is joined.
+        the config, read (empty for a FreqCacheConfig). One without a valid `freq_cache` section is refused before the
+        group is joined.
 
     Raises:
         ValueError: the config cannot be read or is not allowed. RuntimeError: not started by a launcher.
@@ -144,7 +90,7 @@ def launch_from_torch(
     import torch._dynamo  # noqa: F401
 
     settings = Config()
-    if config is not None:
+    if config is not None and not isinstance(config, FreqCacheConfig):
         settings = read_config_file(config) if isinstance(config, (str, Path)) else Config(dict(config))
         load_config(settings)
     import colossalai

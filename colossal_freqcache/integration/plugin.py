@@ -5,7 +5,7 @@ That is the layout of Fang et al. 2022 (arXiv:2208.05321). The base is Colossal-
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from .. import optim
 from ..config import FreqCacheConfig
 from ..parallel import _Sharded
 from ..step_hooks import bind_blocks, check_optimizer
+from .bags import cached_modules, ignore_in_ddp
 from .checkpoint_io import FreqCacheCheckpointIO
+from .config_files import load_config
 from .dataloader import PrefetchingLoader
 from .op_hook import FreqCacheOpHook
-from .policy import FreqCachePolicy, cached_modules, ignore_in_ddp
+from .policy import FreqCachePolicy
 
 __all__ = ["FreqCacheModel", "FreqCacheOptimizer", "FreqCachePlugin"]
 
@@ -138,8 +140,6 @@ class FreqCachePlugin(TorchDDPPlugin):
                 "`colossalai run` or torchrun has started"
             )
         super().__init__(**ddp_options)
-        from .launch import load_config
-
         self.config = load_config(config)
         self.ids = ids
         self.policy = FreqCachePolicy(self.config, pattern=pattern, min_rows=min_rows, counts=counts, output="share")
@@ -183,7 +183,9 @@ class FreqCachePlugin(TorchDDPPlugin):
         if isinstance(optimizer, OptimizerWrapper):
             raise ValueError(f"the optimizer is a {type(optimizer).__name__} already: give the torch optimizer itself")
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        check_optimizer(optimizer, any(id(table.weight) in held for table in self.policy.tables(model).values()))
+        tables = [*self.policy.tables(model).values(), *cached_modules(model).values()]
+        if any(table.weight.requires_grad and id(table.weight) in held for table in tables):
+            check_optimizer(optimizer)
 
     def _check_tables(self, model: nn.Module) -> None:
         for name, module in cached_modules(model).items():
@@ -209,7 +211,7 @@ class FreqCachePlugin(TorchDDPPlugin):
         """Tables by colossal_freqcache.checkpoint, the dense part by Colossal-AI's own io."""
         return FreqCacheCheckpointIO()
 
-    def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Iterator[None]:
+    def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> contextlib.AbstractContextManager:
         """Accumulate without reducing dense gradients; tables exchange in each backward."""
         assert isinstance(model, FreqCacheModel), "the model was not boosted by FreqCachePlugin"
         return model.no_sync()

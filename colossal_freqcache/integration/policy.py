@@ -3,6 +3,7 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import FreqCacheConfig
-from ..embedding import _CachedBags
 from ..frequency import as_counts
 from ..row_layout import RowLayout
 from ..row_rules import make_rule
-from .bags import ParallelFreqAwareEmbeddingBag
+from .bags import ParallelFreqAwareEmbeddingBag, cached_modules, ignore_in_ddp
+from .checkpoint_io import teach_hybrid_checkpoint_io
+from .config_files import load_config
 
-__all__ = ["FreqCachePolicy", "cached_modules", "divide_slots", "ignore_in_ddp"]
+__all__ = ["FreqCachePolicy", "divide_slots"]
 
 
 class FreqCachePolicy(Policy):
     """Swaps each nn.EmbeddingBag of a model, however deep, for a ParallelFreqAwareEmbeddingBag.
 
-    For `HybridParallelPlugin(tp_size=W, custom_policy=FreqCachePolicy(config))`, where all ranks of the tensor-parallel
-    group see the same batch, and for `ShardFormer.optimize(model, policy)`.
+    For `HybridParallelPlugin(tp_size=W, pp_size=1, precision="fp32", custom_policy=FreqCachePolicy(config))`, where all
+    ranks of the tensor-parallel group see the same batch, and for `ShardFormer.optimize(model, policy)`.
 
     Args:
-        config: the cache's settings; a dict is read as the `freq_cache` section. Siblings keep separate caches, which
-            divide `max_cache_bytes` and `num_slots` among them, in proportion to their counts (else to their rows).
+        config: FreqCacheConfig, or what `load_config` takes. Siblings keep separate caches, which divide
+            `max_cache_bytes` and `num_slots` among them, in proportion to their counts (else to their rows).
         pattern: only modules whose name matches it, or one of several (as in fnmatch: "embeddings.*").
         min_rows: smaller tables stay as they are, a copy on each rank.
         counts: accesses of each id, {module name: (R,) counts or IdFrequency}; a name may be left out.
@@ -47,7 +49,7 @@ class FreqCachePolicy(Policy):
 
     def __init__(
         self,
-        config: FreqCacheConfig | Mapping[str, Any],
+        config: FreqCacheConfig | Mapping[str, Any] | str | Path,
         *,
         pattern: str | Sequence[str] | None = None,
         min_rows: int = 0,
@@ -55,7 +57,7 @@ class FreqCachePolicy(Policy):
         output: str = "gather",
     ) -> None:
         super().__init__()
-        self.config = config if isinstance(config, FreqCacheConfig) else FreqCacheConfig.from_dict(config)
+        self.config = load_config(config)
         self.patterns = [pattern] if isinstance(pattern, str) else pattern
         self.min_rows = min_rows
         self.counts = dict(counts or {})
@@ -94,8 +96,6 @@ class FreqCachePolicy(Policy):
 
     def postprocess(self) -> nn.Module:
         """DDP is to leave the cache blocks alone; optimizer checkpoints of the host are taught about them."""
-        from .checkpoint_io import teach_hybrid_checkpoint_io
-
         ignore_in_ddp(self.model)
         teach_hybrid_checkpoint_io()
         return self.model
@@ -120,7 +120,7 @@ class FreqCachePolicy(Policy):
             raise ValueError("the model is a bare nn.EmbeddingBag, which cannot be swapped: put it into a module")
         if not tables and not cached_modules(model):
             raise ValueError(
-                f"no nn.EmbeddingBag of at least {self.min_rows} rows"
+                f"no nn.EmbeddingBag{f' of at least {self.min_rows} rows' if self.min_rows else ''}"
                 f"{'' if self.patterns is None else f' matching {self.patterns}'} in the model: nothing to cache"
             )
         if tables and self.config.sharding == "table":
@@ -197,15 +197,3 @@ def divide_slots(
         extra[full] = most[full]
         dividing &= ~full
     return (1 + extra).astype(int).tolist()
-
-
-def cached_modules(model: nn.Module) -> dict[str, _CachedBags]:
-    """{name: module} of every cached table or collection in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _CachedBags)}
-
-
-def ignore_in_ddp(model: nn.Module) -> None:
-    """Every cache block in the model is left out of DistributedDataParallel: its slots hold other rows on each rank."""
-    names = [f"{name}.weight" if name else "weight" for name in cached_modules(model)]
-    names += list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(set(names)))

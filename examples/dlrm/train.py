@@ -8,7 +8,8 @@
 
 On several processes the tables are sharded over them (`freq_cache = dict(sharding=...)` in the config), the MLPs are
 data-parallel, and every process trains on its share of each batch: the result is that of one process, within rounding.
-The last line of the output holds it. The same seed gives the same numbers.
+The last line of the output holds it; hit ratio and cache figures are those of the first process. The same seed gives
+the same numbers.
 """
 
 import argparse
@@ -81,10 +82,10 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SettingError(f"the config file is read with colossalai, which cannot be imported: {error}") from None
     if not arguments.config.is_file():
         raise SettingError(f"--config {arguments.config}: no such file")
-    if arguments.config.suffix == ".py":
+    if arguments.config.suffix == ".py":  # without the plugins, whose import takes seconds
         loaded = Config.from_file(str(arguments.config))
     else:  # .json, .yaml, .toml
-        from colossal_freqcache.integration.launch import read_config_file
+        from colossal_freqcache.integration import read_config_file
 
         try:
             loaded = read_config_file(arguments.config)
@@ -113,7 +114,7 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Launched:
     """This process among those that a launcher started; one without a launcher."""
 
@@ -130,13 +131,16 @@ class Launched:
         return items
 
 
+ALONE = Launched()
+
+
 def launch(settings: dict[str, Any], uncached: bool) -> Launched:
     """Joins the process group if a launcher started this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if uncached and world_size > 1:
         raise SettingError(f"--uncached is one process on plain tables, got {world_size}: launch one")
     if "RANK" not in os.environ or uncached:
-        return Launched()
+        return ALONE
     from colossal_freqcache.integration import launch_from_torch
 
     launch_from_torch(dict(freq_cache=settings["freq_cache"]), seed=settings["SEED"], verbose=False)
@@ -149,7 +153,7 @@ def cached_tables(
     table_sizes: list[int],
     embedding_dim: int,
     id_counts: np.ndarray,
-    launched: Launched | None = None,
+    launched: Launched = ALONE,
 ) -> nn.Module:
     """The embedding collection of a `freq_cache` section, its ceiling set to its first size: it can never grow.
 
@@ -162,7 +166,6 @@ def cached_tables(
         section["cache_ratio"] = cache_ratio
     if section.setdefault("optimizer", "adagrad") != "adagrad":
         raise SettingError(f"freq_cache: this example trains with adagrad, got optimizer={section['optimizer']!r}")
-    launched = launched or Launched()
     try:
         config = FreqCacheConfig.from_dict(section)
     except ValueError as error:
@@ -307,10 +310,9 @@ def train(
     data: ClickData,
     settings: dict[str, Any],
     rates: LabelRates | None,
-    launched: Launched | None = None,
+    launched: Launched = ALONE,
 ) -> dict[str, float]:
     """Trains in the order of time. `rates` (if given) counts every training label. Returns samples, steps, seconds."""
-    launched = launched or Launched()
     # A share may be empty, and has no mean then.
     loss_of = nn.BCEWithLogitsLoss(reduction="mean" if launched.world_size == 1 else "sum")
     embedding = model.embedding
@@ -353,12 +355,11 @@ def _hit_note(embedding: nn.Module) -> str:
 
 
 def evaluate(
-    model: DLRM, data: ClickData, settings: dict[str, Any], rates: LabelRates, launched: Launched | None = None
+    model: DLRM, data: ClickData, settings: dict[str, Any], rates: LabelRates, launched: Launched = ALONE
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Held-out probabilities (N,), labels (N,), and the scores of every one-feature predictor {name: (N,)}.
 
     Every process predicts its share of each batch; all get everything."""
-    launched = launched or Launched()
     probabilities, labels, scores = [], [], []
     model.eval()
     with torch.no_grad():
@@ -385,11 +386,13 @@ def largest_footprint(data: ClickData, settings: dict[str, Any], num_batches: in
     )
 
 
-def report_cache(embedding: nn.Module, data: ClickData, stats: dict[str, Any]) -> dict[str, Any]:
-    """Prints what the cache held and moved in training; returns it for the results file."""
+def report_cache(embedding: nn.Module, data: ClickData, stats: dict[str, Any], launched: Launched) -> dict[str, Any]:
+    """Prints what this process's cache held and moved in training; returns it for the results file."""
     num_rows = sum(data.table_sizes)
+    whose = f" of process 0 of {launched.world_size}" if launched.world_size > 1 else ""
     print(
-        f"cache: {embedding.num_slots:,} slots for {num_rows:,} rows, {embedding.num_slots / num_rows:.4%} resident; "
+        f"cache{whose}: {embedding.num_slots:,} slots for {num_rows:,} rows, "
+        f"{embedding.num_slots / num_rows:.4%} resident; "
         f"hit ratio {stats['hit_ratio']:.4f} ({stats['hits']:,} hits, {stats['misses']:,} misses, "
         f"{stats['misses_unique']:,} of them distinct within their batch)"
     )
@@ -418,9 +421,8 @@ def snapshot(stats: Any) -> dict[str, Any]:
     return taken
 
 
-def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launched | None = None) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launched = ALONE) -> dict[str, Any]:
     """The whole job; returns the results."""
-    launched = launched or Launched()
     torch.set_num_threads(settings["THREADS"])
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
@@ -487,7 +489,7 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launc
     if known_rates is not None and all_steps is not None and speed["steps"] < all_steps:
         print(f"only {speed['steps']:,} of {all_steps:,} batches were trained; the baseline knows all training weeks")
     if stats is not None:
-        results["cache"] = report_cache(embedding, data, stats)
+        results["cache"] = report_cache(embedding, data, stats, launched)
         ratio = arguments.cache_ratio or settings["freq_cache"].get("cache_ratio")
         if ratio is not None:
             assert embedding.num_slots <= max(1, ratio * num_rows), "the cache grew beyond its share of the rows"
@@ -505,7 +507,7 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launc
 
 def main() -> int:
     arguments = parse_arguments()
-    launched = Launched()
+    launched = ALONE
     try:
         settings = read_settings(arguments)
         launched = launch(settings, arguments.uncached)
