@@ -176,7 +176,7 @@ class ShardedPlacement(Placement):
 
     Attributes:
         settings: beside the configuration, what all ranks must have given alike, by name.
-        disagreed: `agree` has raised, or is about to: on all ranks.
+        disagreed: the exchange of a constructor has raised, or is about to: on all ranks.
     """
 
     disagreed = False
@@ -206,8 +206,8 @@ class ShardedPlacement(Placement):
 
     def agree(self, config: FreqCacheConfig) -> FreqCacheConfig:
         """The smallest of the sizes that ranks gave; everything else must be the same on all ranks."""
+        self.go_on()
         self.disagreed = True
-        raise_if_any(self.ranks, None)
         named = {}
         for field in dataclasses.fields(config):
             if field.name not in ("store", "sharding", "cache_ratio", "num_slots", "max_cache_bytes"):
@@ -229,6 +229,12 @@ class ShardedPlacement(Placement):
         config = dataclasses.replace(config, **sizes)
         self.disagreed = False
         return config
+
+    def go_on(self) -> None:
+        """Where a constructor has come before it exchanges: the others have, too; or all raise what kept one back."""
+        self.disagreed = True
+        raise_if_any(self.ranks, None)
+        self.disagreed = False
 
     def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
         return self.ranks.broadcast(values)
@@ -534,6 +540,10 @@ class _Sharded:
             lookups = None if counts is None else [float(part.sum()) for part in np.split(counts, ends[:-1])]
             self._plan = balanced_plan(table_sizes, self._ranks.size, lookups)
         return TablePlacement(*arguments, self._plan)
+
+    def _initialize(self, weights: Sequence[torch.Tensor] | None) -> None:
+        self._placement.go_on()  # every rank has its cache
+        super()._initialize(weights)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

@@ -27,11 +27,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.utils.checkpoint
 from ranks import run_on_ranks
 from test_embedding_bag_parity import ARGUMENTS, PADDING, reference
 from test_equivalence import NAMES, REFERENCES, error
 from torch import nn
 
+import colossal_freqcache.cache
+import colossal_freqcache.placement
 from colossal_freqcache import CacheTooSmallError, FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection, optim
 from colossal_freqcache.parallel import (
     SHARDINGS,
@@ -255,7 +258,7 @@ def two_graphs(step, forward, prefetch, finish):
 def evaluation_between(step, forward, prefetch, finish):
     """A pass without gradients, and one whose graph is dropped, between a forward and its backward."""
     outs = forward(0)
-    with torch.no_grad():
+    with torch.inference_mode() if step % 2 else torch.no_grad():
         evaluated = forward(1)
     dropped = {rank: out.detach() for rank, out in forward(2).items()}
     mean_loss(step, outs).backward()
@@ -274,7 +277,41 @@ def prefetching(step, forward, prefetch, finish):
     return [first, second]
 
 
-SCENARIOS = {plain: 1, accumulation: 3, two_forwards: 2, two_graphs: 2, evaluation_between: 3, prefetching: 2}
+def backward_twice(step, forward, prefetch, finish):
+    """One graph, gone through twice; the gradients add up."""
+    outs = forward(0)
+    loss = mean_loss(step, outs)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return [outs]
+
+
+def checkpointed(step, forward, prefetch, finish):
+    """The forward runs again inside the backward, with its exchanges, beside another graph."""
+    outs = forward(0)
+    anchor = torch.ones((), requires_grad=True)
+
+    def run(_):
+        recomputed = forward(1)
+        return tuple(recomputed[rank] for rank in sorted(recomputed))
+
+    again = torch.utils.checkpoint.checkpoint(run, anchor, use_reentrant=bool(step % 2))
+    again = dict(zip(sorted(outs), again))
+    (mean_loss(step, outs) + mean_loss(step + 1, again)).backward()
+    return [outs, again]
+
+
+# How many batches' rows a scenario holds at once, at most.
+SCENARIOS = {
+    plain: 1,
+    accumulation: 3,
+    two_forwards: 2,
+    two_graphs: 2,
+    evaluation_between: 3,
+    prefetching: 2,
+    backward_twice: 1,
+    checkpointed: 2,
+}
 
 
 def train(forward, prefetch, finish, scenario, steps):
@@ -399,7 +436,7 @@ def test_as_right_as_torch(ranks, sharding, optimizer):
 @on_2_ranks
 def test_scenarios_are_as_right_as_torch(ranks, sharding, scenario):
     """Accumulation, two forwards in a backward, graphs that wait, evaluation in between, prefetches."""
-    ranks.run(check_as_right_as_torch, sharding, "Adagrad", scenario, FEW_STEPS)
+    ranks.run(check_as_right_as_torch, sharding, "RowWiseAdagrad", scenario, FEW_STEPS)
 
 
 def check_bits(rank, world_size, sharding, optimizer, scenario, steps):
@@ -428,7 +465,7 @@ def test_cached_bits_are_resident_bits_on_4_ranks(ranks, sharding):
 @on_2_ranks
 def test_cached_bits_of_scenarios(ranks, sharding, scenario):
     """The order of sums does not depend on what is resident when."""
-    ranks.run(check_bits, sharding, "Adagrad", scenario, FEW_STEPS)
+    ranks.run(check_bits, sharding, "RowWiseAdagrad", scenario, FEW_STEPS)
 
 
 def check_adapted(rank, world_size, sharding, optimizer):
@@ -481,7 +518,7 @@ def ragged(sizes, step, rank):
     return share._replace(values=torch.where(padded, PADDING, share.values))
 
 
-def inputs(share, form, include_last_offset, one_table):
+def inputs(share, form, include_last_offset):
     """(input, offsets) as a bag or collection takes them."""
     if form is two_dim:
         return share.values.view(-1, 3), None
@@ -537,11 +574,13 @@ def check_arguments(
     for step in range(steps):
         mine = shares[step][me]
         weights = mine.weights.clone().requires_grad_() if weighted else None
-        ids, offsets = inputs(mine, form, options.get("include_last_offset"), one_table)
+        ids, offsets = inputs(mine, form, options.get("include_last_offset"))
+        ids = ids.int() if (step + rank) % 2 else ids
         if weighted and offsets is None:
             out = ours(ids, None, weights.view(ids.shape))
         else:
             out = ours(ids, offsets, weights)
+        out = out.mul_(1.0) if kernels == "cpu" else out  # in place, as relu_ would; the plain twin's is a view
         if one_table:
             out = out.unsqueeze(1)
         every_weight = [share.weights.clone().requires_grad_() for share in shares[step]]
@@ -699,7 +738,9 @@ class Tables(nn.Module):
         self.tables = nn.ModuleList(nn.EmbeddingBag(rows, DIM, mode="sum") for rows in SIZES)
 
 
-def check_state_dict(rank, world_size, sharding):
+def check_state_dict(rank, world_size, sharding, chunk_bytes):
+    for module in (colossal_freqcache.cache, colossal_freqcache.placement):
+        module.CHUNK_BYTES = chunk_bytes  # one that is too small for a table makes the others see their seams
     torch.manual_seed(3)
     plain_tables = Tables()
     torch.manual_seed(3)
@@ -712,7 +753,8 @@ def check_state_dict(rank, world_size, sharding):
     state = bag.state_dict()
     assert_same_everywhere(list(state.values()), "state_dict")
     assert_same_everywhere(logical(bag), "logical_weight")
-    assert_same_bits([torch.cat(list(state.values()))], logical(bag), "state_dict and logical_weight")
+    logical_rows = logical(bag)[0]
+    assert_same_bits([torch.cat(list(state.values()))], [logical_rows], "state_dict and logical_weight")
     plain_tables.load_state_dict(state)
     assert_same_bits(list(plain_tables.state_dict().values()), list(state.values()), "nn.ModuleList after loading")
     other = ShardedFreqAwareEmbeddingBagCollection(SIZES, DIM, mode="sum", sharding="row", num_slots=9)
@@ -724,16 +766,22 @@ def check_state_dict(rank, world_size, sharding):
     assert_same_bits(logical(single), logical(bag), "one process after loading")
     bag._cache.check()
     other._cache.check()
+    for start, rows in bag._placement.table_ranges():  # what checkpoints read: one rank gets it
+        part = bag._cached_weight.logical_chunk("weight", start + rows // 3, start + rows, to=1)
+        assert (part is None) == (rank != 1), f"rank {rank} got {part}"
+        if rank == 1:
+            assert_same_bits([part], [logical_rows[start + rows // 3 : start + rows]], "rows read by one rank")
     one = ShardedFreqAwareEmbeddingBag(101, DIM, sharding="row" if sharding == "row" else "column", num_slots=9)
     nn.EmbeddingBag(101, DIM).load_state_dict(one.state_dict())
     one.load_state_dict(nn.EmbeddingBag(101, DIM).state_dict())
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 16 << 20], ids=["16ids", "16MiB"])
 @every_sharding
 @on_2_ranks
-def test_state_dict(ranks, sharding):
+def test_state_dict(ranks, sharding, chunk_bytes):
     """First values are nn.EmbeddingBag's; state_dict, equal on all ranks, loads into torch, other shardings, back."""
-    ranks.run(check_state_dict, sharding)
+    ranks.run(check_state_dict, sharding, chunk_bytes)
 
 
 def check_init(rank, world_size, sharding):
@@ -831,7 +879,7 @@ def test_optimizer_state(ranks, sharding, optimizer):
 
 
 def check_clipping(rank, world_size, sharding, norm_type):
-    """Embeddings and a dense layer whose gradients are averaged by hand, as DDP would."""
+    """Embeddings and a dense layer in DistributedDataParallel, which averages over the same group."""
     torch.manual_seed(0)
     weights = [torch.randn(rows, DIM, dtype=torch.float64) for rows in SIZES]
     dense = [nn.Linear(DIM, 1, dtype=torch.float64) for _ in range(2)]
@@ -841,15 +889,13 @@ def check_clipping(rank, world_size, sharding, norm_type):
     num_slots = needed_slots(sharding, world_size, SIZES, PLANS[world_size], held)
     bag = make_collection(world_size, sharding, num_slots, _weight=weights)
     exact = nn.EmbeddingBag.from_pretrained(torch.cat(weights), freeze=False, mode="sum")
+    averaged = nn.parallel.DistributedDataParallel(dense[0])
     ours = optim.Adagrad([*bag.parameters(), *dense[0].parameters()], lr=LR)
     torchs = torch.optim.Adagrad([*exact.parameters(), *dense[1].parameters()], lr=LR)
     clipped = 0
     for step in steps:
         share = held[step][rank]
-        local_loss(step, rank, dense[0](bag(share.values, share.offsets))).backward()
-        for parameter in dense[0].parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size
+        local_loss(step, rank, averaged(bag(share.values, share.offsets))).backward()
         ids = [s.of_table(t).values + start for s in held[step] for t, start in enumerate(STARTS[:-1])]
         lengths = torch.cat([s.lengths.reshape(-1) for s in held[step]])
         outs = exact(torch.cat(ids), lengths.cumsum(0) - lengths).split([s.lengths.numel() for s in held[step]])

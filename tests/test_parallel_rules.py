@@ -238,6 +238,9 @@ class FullStore:
     read = write = spawn = num_bytes = allocate
 
 
+ZEROS = [torch.zeros(rows, DIM) for rows in SIZES]
+
+
 def construct(sharding="column", sizes=SIZES, dim=DIM, **options):
     options = {"mode": "sum", "num_slots": 9, **options}
     return ShardedFreqAwareEmbeddingBagCollection(sizes, dim, sharding=sharding, **options)
@@ -262,7 +265,7 @@ UNLIKE = {
     "scale": ({"scale_grad_by_freq": True}, {}, "scale_grad_by_freq is True on rank 0 and False on rank 1"),
     "padding": ({}, {"padding_idx": 0}, "padding_idx is"),
     "dtype": ({}, {"dtype": torch.float64}, "dtype is"),
-    "weights": ({"_weight": [torch.zeros(rows, DIM) for rows in SIZES]}, {}, "_weight is 'given' on rank 0 and None"),
+    "weights": ({"_weight": ZEROS}, {}, "_weight is 'given' on rank 0 and None"),
     "optimizer": ({"optimizer": "adam"}, {"optimizer": "sgd"}, "optimizer is 'adam' on rank 0 and 'sgd' on rank 1"),
     "policy": ({"evict_strategy": "lru"}, {}, "evict_strategy is"),
     "kernels": ({"kernels": "torch"}, {"kernels": "cpu"}, "kernels is"),
@@ -297,6 +300,7 @@ WRONG = {
     "weights": ({"_weight": [torch.zeros(2, 2)]}, ValueError, "_weight has shapes"),
     "keyword": ({"colour": "red"}, TypeError, "colour"),
     "store": ({"store": FullStore()}, MemoryError, "no room for the table"),
+    "store, weights": ({"store": FullStore(), "_weight": ZEROS}, MemoryError, "no room for the table"),
 }
 
 
@@ -306,7 +310,7 @@ def check_wrong(rank, world_size, wrong_rank):
             kind = RuntimeError if kind is MemoryError else kind
             match = f"rank {wrong_rank}: .*{match}"
         with pytest.raises(kind, match=match):
-            construct(**(keywords if rank == wrong_rank else {}))
+            construct(**(keywords if rank == wrong_rank else {"_weight": ZEROS} if name == "store, weights" else {}))
         assert everyone("raised") == ["raised"] * 2, name
     construct()(*GOOD)
 
