@@ -248,7 +248,8 @@ def clip_grad_norm_(
     with plain_mode():
         norms = []
         for parameter in parameters:
-            norm = torch.linalg.vector_norm(_values_in_row_order(parameter), norm_type)
+            values = _values_in_row_order(parameter)  # none on a rank whose part of the table the batch does not touch
+            norm = torch.linalg.vector_norm(values, norm_type) if values.numel() else values.new_zeros(())
             weight = cached_weight_of(parameter)
             norms += [norm] if weight is None else weight.placement.gather_norms(norm).unbind()
         total = torch.linalg.vector_norm(torch.stack(norms), norm_type)

@@ -78,41 +78,53 @@ class Ranks:
         """`sent` holds send[s] entries for each rank s, one after the other; what each rank sent here, likewise."""
         if self.size == 1:
             return sent
-        received = sent.new_empty(sum(receive))
         others = sum(send) - send[self.rank]
         self.bytes_sent[kind] += others * sent.element_size()
-        self._run(lambda: dist.all_to_all_single(received, sent.contiguous(), receive, send, group=self.group))
-        return received
+
+        def exchange() -> torch.Tensor:
+            received = torch.empty(sum(receive), dtype=sent.dtype)
+            dist.all_to_all_single(received, sent.contiguous(), receive, send, group=self.group)
+            return received
+
+        return self._run(exchange)
 
     def all_gather(self, numbers: torch.Tensor, kind: str = "numbers") -> torch.Tensor:
         """(W, ...): `numbers`, of one shape on all ranks, in rank order."""
         if self.size == 1:
             return numbers.unsqueeze(0)
-        self.bytes_sent[kind] += numbers.numel() * numbers.element_size() * (self.size - 1)
-        gathered = [torch.empty_like(numbers) for _ in range(self.size)]
-        self._run(lambda: dist.all_gather(gathered, numbers.contiguous(), group=self.group))
-        return torch.stack(gathered)
+        # Not dist.all_gather: gloo's goes around a ring, W - 1 exchanges one after the other.
+        counts = [numbers.numel()] * self.size
+        gathered = self.all_to_all(numbers.reshape(-1).repeat(self.size), counts, counts, kind)
+        return gathered.view(self.size, *numbers.shape)
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """`values` as the group's first rank has them; a copy."""
         if self.size == 1:
             return values
-        values = values.clone(memory_format=torch.contiguous_format)
-        source = dist.get_global_rank(self.group, 0)
-        self._run(lambda: dist.broadcast(values, source, group=self.group))
-        return values
+
+        def exchange() -> torch.Tensor:
+            copy = values.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(copy, dist.get_global_rank(self.group, 0), group=self.group)
+            return copy
+
+        return self._run(exchange)
 
     def all_gather_objects(self, item: Any) -> list:
         """`item` of every rank, in rank order; for set-up and errors."""
         if self.size == 1:
             return [item]
-        items: list = [None] * self.size
-        self._run(lambda: dist.all_gather_object(items, item, group=self.group))
-        return items
 
-    def _run(self, exchange: Callable[[], Any]) -> None:
+        def exchange() -> list:
+            items: list = [None] * self.size
+            dist.all_gather_object(items, item, group=self.group)
+            return items
+
+        return self._run(exchange)
+
+    def _run(self, exchange: Callable[[], Any]) -> Any:
         try:
-            exchange()
+            with plain_mode():  # the group fills tensors in a thread of its own, which inference tensors forbid
+                return exchange()
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} of {self.size} could not exchange with the others that share its cached tables; one "

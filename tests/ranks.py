@@ -1,8 +1,8 @@
-"""Runs a function on several ranks of a gloo group, each a process of its own; the tests' only way to start ranks.
+"""Runs a function on several ranks of a gloo group, each a process of its own; for tests without colossalai.
 
     run_on_ranks(check, 2, arguments...)     # check(rank, world_size, arguments...) on ranks 0 and 1
 
-A failure on any rank fails the test with that rank's traceback. A rendezvous file instead of a port: nothing to collide.
+A failure on any rank fails the test with that rank's traceback. Ranks meet by a file, not by a port: nothing collides.
 """
 
 import datetime
@@ -18,7 +18,7 @@ TIMEOUT_S = 120  # a rank that waits longer than this for another raises
 
 
 def _enter(rank, world_size, check, rendezvous, arguments):
-    import torch._dynamo  # noqa: F401  imported after the process group, it makes gloo ranks abort at exit now and then
+    import torch._dynamo  # imported after the process group, it makes gloo ranks abort at exit now and then
     import torch.distributed as dist
 
     faulthandler.enable()
