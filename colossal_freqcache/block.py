@@ -104,7 +104,10 @@ class CachedWeight:
             if weight is not None and parameter.grad is not None:
                 weight._flag_coalesced(parameter)
 
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # torch takes the hook of no other; a frozen one may be trained later
         parameter.register_post_accumulate_grad_hook(flag_coalesced)
+        parameter.requires_grad_(trained)
 
     def adopt(self, parameter: nn.Parameter) -> None:
         """Makes an existing Parameter (of an nn.EmbeddingBag) the block's: the same object, with other data.

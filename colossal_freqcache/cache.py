@@ -234,6 +234,8 @@ class RowCache:
 
     def _ensure_room(self, num_missing: int) -> None:
         """Grows the cache if free slots and unpinned rows are fewer than `num_missing`; the batch's hits are pinned."""
+        if self.slots.num_pinned + num_missing > self.ceiling:
+            self.end_prefetch()  # a hint gives way
         pinned = self.slots.num_pinned
         needed = pinned + num_missing
         if needed <= self.num_slots:

@@ -106,7 +106,7 @@ def save(
     if not isinstance(shard_bytes, Integral) or shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes!r} is not allowed: an int of at least 1")
     _check_weights(weights, optimizer)
-    directory = Path(directory)
+    directory, optimizer = Path(directory), _unwrapped(optimizer)
     model = _Model(module)
     ranks = model.ranks
     name = f"step-{int(step):010d}"
@@ -148,7 +148,7 @@ def load_latest(
     What a killed `save` left behind does not count. A damaged newest one raises: older ones are not taken silently,
     `load` takes them by name. The others as in `load`.
     """
-    ranks = _Ranks(_cached_bags(module))
+    ranks = _Ranks(_cached_bags(_unwrapped(module)))
     found = _complete(Path(directory))
     newest = ranks.gather(max(found) if found else None)[0]
     if newest is None:
@@ -177,7 +177,7 @@ def load(
         RuntimeError: a file changed after it was checked, and the model holds parts of it.
     """
     _check_weights(weights, optimizer)
-    path = Path(path)
+    path, optimizer = Path(path), _unwrapped(optimizer)
     model = _Model(module)
     ranks = model.ranks
 
@@ -350,6 +350,7 @@ class _Model:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        module = _unwrapped(module)
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
         self.ranks = _Ranks(_cached_bags(module))
@@ -419,6 +420,11 @@ class _Model:
                 "tables of the optimizer"
             )
         return self._tables_of_block[id(parameter)]
+
+
+def _unwrapped(wrapper: Any) -> Any:
+    """What a booster has wrapped: its models and optimizers have `unwrap`."""
+    return wrapper.unwrap() if hasattr(wrapper, "unwrap") else wrapper
 
 
 def _cached_bags(module: nn.Module) -> list[_CachedBags]:

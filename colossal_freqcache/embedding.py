@@ -344,6 +344,13 @@ class _CachedBags(nn.Module):
     ) -> None:
         if not self._cached_weight.in_state_dict:
             return
+        stacked = prefix + "weight"
+        if stacked in state_dict and self._table_key(0) != "weight":  # all tables, one below the other: split it
+            rows = [rows for _, rows in self._table_ranges()]
+            if tuple(state_dict[stacked].shape) == (sum(rows), self.embedding_dim):
+                parts = state_dict[stacked].split(rows)
+                own = {prefix + self._table_key(table): part for table, part in enumerate(parts)}
+                state_dict = {**{key: value for key, value in state_dict.items() if key != stacked}, **own}
         names = {}
         mismatches = []
         for table, (start, rows) in enumerate(self._table_ranges()):

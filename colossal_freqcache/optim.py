@@ -14,7 +14,7 @@ from .block import CachedWeight, cached_weight_of, plain_mode
 from .row_rules import RowRule, make_rule
 from .step_hooks import amp_scale, blocks_of, make_state_dict_logical, next_step, reset_forgotten_state
 
-__all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "clip_grad_norm_", "to_sparse_adam"]
+__all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "clip_grad_norm_", "clip_grad_value_", "to_sparse_adam"]
 
 
 class _RowOptimizer:
@@ -260,6 +260,16 @@ def clip_grad_norm_(
             grad = parameter.grad
             (grad._values() if grad.is_sparse else grad).mul_(scale)
     return total
+
+
+def clip_grad_value_(parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
+    """torch.nn.utils.clip_grad_value_ for lists that mix dense parameters and cached tables: clamps every element."""
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    with plain_mode():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                grad = parameter.grad
+                (grad._values() if grad.is_sparse else grad).clamp_(-clip_value, clip_value)
 
 
 def _values_in_row_order(parameter: torch.Tensor) -> torch.Tensor:

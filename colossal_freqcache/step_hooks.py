@@ -208,8 +208,8 @@ def logical_state(state: dict, weight: CachedWeight) -> dict:
     Every rank that holds a part of the table must call it.
     """
     names = weight.cache.layout.state_names()
-    if any(name in state for name in names):
-        return dict(state)  # loaded, and not stepped since
+    if weight.owner is None or any(name in state for name in names):
+        return dict(state)  # not bound yet; or loaded, and not stepped since
     columns = {name: weight.logical(name) for name in names}
     per_row = weight.rule.row_columns
     return {**state, **{name: column[:, 0] if name in per_row else column for name, column in columns.items()}}

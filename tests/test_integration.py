@@ -8,6 +8,7 @@ refused, with the reason, before anything has changed.
 """
 
 import contextlib
+import copy
 import warnings
 
 import pytest
@@ -361,12 +362,13 @@ def test_boosted_is_unboosted(world_size, tmp_path):
 # ---- FreqCachePlugin ------------------------------------------------------------------------------------------------
 
 
-def check_clipping(world_size):
+@parameterize("kind", ["freqcache", "hybrid"])
+def check_clipping(kind, world_size):
     """The norm over dense parameters and the tables of all ranks, and what it does, as torch's on dense gradients."""
     plain = net(sparse=False)
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     model = net()
-    booster, model, optimizer, _, share = boosted("freqcache", world_size, model, torch_optimizer("SGD", model))
+    booster, model, optimizer, _, share = boosted(kind, world_size, model, torch_optimizer("SGD", model))
     for number, (ids, labels) in enumerate(batches(world_size, 6)):
         loss_of(plain, ids, labels).backward()
         booster.backward(loss_of(model, ids[share], labels[share]), optimizer)
@@ -374,6 +376,7 @@ def check_clipping(world_size):
             expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
             norm = optimizer.clip_grad_by_norm(0.05)
             assert torch.allclose(norm, expected, rtol=1e-5), f"norm {norm}, torch's {expected}"
+            assert expected > 0.05, "nothing was clipped"
         else:
             nn.utils.clip_grad_value_(plain.parameters(), 0.01)
             optimizer.clip_grad_by_value(0.01)
@@ -381,6 +384,26 @@ def check_clipping(world_size):
             each.step()
             each.zero_grad()
     assert_close(model.unwrap().state_dict(), plain.state_dict(), "clipping")
+
+
+def check_clipping_in_the_step(world_size):
+    """HybridParallelPlugin's max_norm: what torch's clip_grad_norm_ before each step does."""
+    plain = net(sparse=False)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    model = net()
+    policy = FreqCachePolicy(section(num_slots=budget(world_size)), counts=COUNTS)
+    plugin = HybridParallelPlugin(tp_size=world_size, pp_size=1, precision="fp32", max_norm=0.05, custom_policy=policy)
+    booster = Booster(plugin=plugin)
+    model, optimizer, *_ = booster.boost(model, torch_optimizer("SGD", model))
+    for ids, labels in batches(world_size, 6):
+        loss_of(plain, ids, labels).backward()
+        expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        booster.backward(loss_of(model, ids, labels), optimizer)
+        for each in (plain_optimizer, optimizer):
+            each.step()
+            each.zero_grad()
+        assert optimizer.get_grad_norm() == pytest.approx(float(expected), rel=1e-5) and expected > 0.05
+    assert_close(model.unwrap().state_dict(), plain.state_dict(), "max_norm")
 
 
 def check_accumulation(world_size):
@@ -466,6 +489,7 @@ def check_optimizers(world_size):
     assert type(model.tables[0]) is nn.EmbeddingBag
     with pytest.raises(ValueError, match="momentum=0.9.*would move rows"):
         boosted("freqcache", world_size, model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert all(type(table) is nn.EmbeddingBag for table in model.tables), "refused, and swapped all the same"
     for name in ("Adagrad", "RowWiseAdagrad", "Adam"):
         model = net()
         optimizer = getattr(optim, name)(model.parameters(), lr=0.1)
@@ -530,14 +554,18 @@ def check_modules_that_are_there(world_size):
     train(model, optimizer, world_size, share, booster.backward, steps=3)
     if world_size > 1:
         alone = Shared(FreqAwareEmbeddingBag(9, DIM, num_slots=3))
-        with pytest.raises(ValueError, match=f"embedding is a FreqAwareEmbeddingBag, which each of {world_size} ranks"):
+        with pytest.raises(ValueError, match=f"embedding is a FreqAwareEmbeddingBag shared by 1 of {world_size} ranks"):
             Booster(plugin=FreqCachePlugin(config)).boost(alone)
+        other = Shared(ParallelFreqAwareEmbeddingBagCollection(SIZES, DIM, num_slots=200, output="gather"))
+        with pytest.raises(ValueError, match="output='gather', which would train apart"):
+            Booster(plugin=FreqCachePlugin(config)).boost(other)
 
 
 def run_freqcache_plugin(rank, world_size, port):
     enter(rank, world_size, port)
     with quiet():
-        check_clipping(world_size)
+        check_clipping(world_size=world_size)
+        check_clipping_in_the_step(world_size)
         check_accumulation(world_size)
         check_loader(world_size)
         check_a_too_small_cache_stops_prefetching(world_size)
@@ -580,6 +608,70 @@ def check_which_tables_are_swapped():
     assert list(swapped) == ["by_name.user", "by_name.item", "tower.1.0"]
     swapped = cached_modules(shard(Nested(), FreqCachePolicy(section(num_slots=9), pattern=["by_name.*", "nothing"])))
     assert list(swapped) == ["by_name.user", "by_name.item"]
+
+
+def check_models_of_any_shape():
+    """A table under two names, the root's class again below it, a frozen table: each swapped once, and right."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.EmbeddingBag(30, 8, mode="sum")
+            self.b = self.a
+            self.frozen = nn.EmbeddingBag(20, 8, mode="sum")
+            self.frozen.weight.requires_grad_(False)
+
+        def forward(self, ids):
+            return self.a(ids) + 2 * self.b(ids + 10) + self.frozen(ids)
+
+    ids = torch.tensor([[1, 2], [3, 4]])
+    for make in (
+        Twice,
+        lambda: nn.Sequential(nn.EmbeddingBag(30, 8, mode="sum"), nn.Sequential(nn.Linear(8, 2), nn.Tanh())),
+        lambda: nn.Sequential(nn.Sequential(nn.EmbeddingBag(30, 8, mode="sum"), nn.Tanh()), nn.Linear(8, 2)),
+    ):
+        torch.manual_seed(0)
+        native, model = make(), None
+        torch.manual_seed(0)
+        model = shard(make(), FreqCachePolicy(section(cache_ratio=0.5)))
+        assert not any(type(module) is nn.EmbeddingBag for _, module in model.named_modules(remove_duplicate=False))
+        for each in (native, model):
+            each(ids).square().sum().backward()
+            torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1).step()
+        assert_close(model.state_dict(), native.state_dict(), str(type(native)))
+        torch.testing.assert_close(model(ids), native(ids))
+
+
+def check_a_refused_swap_changes_nothing(world_size):
+    """What the last table has wrong is seen before the first is swapped."""
+
+    def wrong(change):
+        model = Net()
+        change(model.tables[2])
+        return model
+
+    def give_gradient(table):
+        table(torch.tensor([[1]])).sum().backward()
+
+    def hook(table):
+        table.register_forward_hook(lambda module, args, out: 2 * out)
+
+    cases = [(wrong(give_gradient), "tables.2.weight has a gradient"), (wrong(hook), "tables.2 has _forward_hooks")]
+    narrow = Net()
+    narrow.tables[2] = nn.EmbeddingBag(9, 1)
+    cases += [(narrow, f"tables.2 has 1 columns for {world_size} ranks")] if world_size > 1 else []
+    for model, message in cases:
+        with pytest.raises(ValueError, match=message):
+            shard(model, FreqCachePolicy(section(num_slots=50)))
+        assert all(type(table) is nn.EmbeddingBag for table in model.tables)
+
+
+def check_a_copy_gathers_its_own_table():
+    bag = ParallelFreqAwareEmbeddingBag(40, DIM, num_slots=9)
+    twin = copy.deepcopy(bag)
+    bag.init_(lambda values: values.zero_())
+    assert torch.equal(gather_distributed_param(twin.weight), twin.logical_weight())
+    assert twin.logical_weight().abs().sum() > 0 and bag.logical_weight().abs().sum() == 0
 
 
 def check_budget_is_divided():
@@ -637,6 +729,9 @@ def run_policy(rank, world_size, port):
     enter(rank, world_size, port)
     with quiet():
         check_which_tables_are_swapped()
+        check_models_of_any_shape()
+        check_a_refused_swap_changes_nothing(world_size)
+        check_a_copy_gathers_its_own_table()
         check_budget_is_divided()
         check_models_that_cannot_be_swapped()
         check_layouts_that_are_refused(world_size)

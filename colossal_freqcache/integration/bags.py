@@ -28,6 +28,7 @@ __all__ = [
     "ParallelFreqAwareEmbeddingBag",
     "ParallelFreqAwareEmbeddingBagCollection",
     "cached_modules",
+    "check_group",
     "ignore_in_ddp",
 ]
 
@@ -51,6 +52,11 @@ class _ParallelBags:
             return weight.logical("weight")
 
         init_tensor_as_customization_distributed(self.weight, shard, gather)
+
+    def __deepcopy__(self, memo: dict) -> "_ParallelBags":
+        copy = super().__deepcopy__(memo)
+        copy._register()
+        return copy
 
     def host_table(self) -> torch.Tensor:
         """This rank's columns of all rows in id order, newest values, (R, D/W), with the layout [R, S(0)]; a copy.
@@ -184,3 +190,14 @@ def ignore_in_ddp(model: nn.Module) -> None:
     names = [f"{name}.weight" if name else "weight" for name in cached_modules(model)]
     names += list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(set(names)))
+
+
+def check_group(name: str, module: _CachedBags, world_size: int, output: str) -> None:
+    """Raises ValueError where a table that is in the model already is not shared as the rest of it is trained."""
+    ranks, its_output = module._placement.world_size, getattr(module, "output", output)
+    if ranks != world_size or (world_size > 1 and its_output != output):
+        raise ValueError(
+            f"{name} is a {type(module).__name__} shared by {ranks} of {world_size} ranks, output={its_output!r}, "
+            f"which would train apart from the others: build Parallel{type(module).__name__.removeprefix('Parallel')} "
+            f"over all of them, after the launch, with output={output!r}"
+        )

@@ -1,14 +1,13 @@
 """Checkpoints through the Booster: tables by `colossal_freqcache.checkpoint`, all else by Colossal-AI's own io.
 
 unsharded (one file)       what plain torch loads: the whole state_dict, tables assembled. Refused above 2 GiB.
-sharded (a directory)      dense parameters and state as Colossal-AI writes them, and beside them a folder `tables` in
-                           the streamed format, which loads on any number of ranks.
+sharded (a directory)      dense parameters and state as Colossal-AI writes them, and beside them a folder of
+                           tables in the streamed format, which loads on any number of ranks.
 
 Everything that gathers a table is entered by all ranks; only the master writes what Colossal-AI's io writes.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPCheckpointIO
-from colossalai.checkpoint_io import GeneralCheckpointIO, HybridParallelCheckpointIO
+from colossalai.checkpoint_io import GeneralCheckpointIO
 from colossalai.checkpoint_io.utils import save_state_dict
 from torch import nn
 
 from .. import checkpoint as tables_io
-from ..block import cached_weight_of
-from ..step_hooks import bind_blocks, load_logical_states, logical_state
+from ..step_hooks import bind_blocks
 from .bags import cached_modules
 
-__all__ = ["FreqCacheCheckpointIO", "teach_hybrid_checkpoint_io"]
+__all__ = ["FreqCacheCheckpointIO", "load_optimizer_tables", "load_tables", "only_tables"]
 
-TABLES = "tables"
+# Apart, so that a model and its optimizer may be saved into one directory, as the host allows.
+MODEL_TABLES, OPTIMIZER_TABLES = "model_tables", "optimizer_tables"
 
 
 class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
@@ -74,10 +73,10 @@ class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
         use_safetensors: bool = False,
         use_async: bool = False,
     ) -> None:
-        """A directory: dense parameters as Colossal-AI shards them, and `tables`, streamed."""
+        """A directory: dense parameters as Colossal-AI shards them, and the tables, streamed."""
         _refuse_async(use_async)
         module = model.unwrap()
-        tables_io.save(Path(checkpoint_path) / TABLES, _only_tables(module))
+        tables_io.save(Path(checkpoint_path) / MODEL_TABLES, only_tables(module))
         if self.coordinator.is_master():
             with _dense_only(module):
                 GeneralCheckpointIO.save_sharded_model(
@@ -95,22 +94,27 @@ class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
         low_cpu_mem_mode: bool = True,
         num_threads: int = 1,
     ) -> None:
-        """What `save_sharded_model` wrote, on any number of ranks. Damaged tables are named, and nothing is loaded."""
+        """What `save_sharded_model` wrote, on any number of ranks. If it raises, the model is as it was."""
         module = model.unwrap()
         folder = Path(checkpoint_index_file).parent
-        if tables_io.load_latest(folder / TABLES, _only_tables(module)) is None:
-            raise ValueError(f"{folder / TABLES}: no complete checkpoint of the tables")
         with _dense_only(module):
-            GeneralCheckpointIO.load_sharded_model(
-                self,
-                module,
-                Path(checkpoint_index_file),
-                strict,
-                use_safetensors,
-                load_sub_module,
-                low_cpu_mem_mode=low_cpu_mem_mode,
-                num_threads=num_threads,
-            )
+            dense = {name: value.clone() for name, value in module.state_dict().items()}
+            try:
+                if dense:
+                    GeneralCheckpointIO.load_sharded_model(
+                        self,
+                        module,
+                        Path(checkpoint_index_file),
+                        strict,
+                        use_safetensors,
+                        load_sub_module,
+                        low_cpu_mem_mode=low_cpu_mem_mode,
+                        num_threads=num_threads,
+                    )
+                load_tables(folder, module)
+            except BaseException:
+                module.load_state_dict(dense)
+                raise
 
     def save_sharded_optimizer(
         self,
@@ -123,7 +127,7 @@ class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
     ) -> None:
         """A directory: settings and dense state as Colossal-AI writes them, and the tables' columns, streamed."""
         _refuse_async(use_async)
-        tables_io.save(Path(checkpoint) / TABLES, optimizer.model.unwrap(), optimizer.unwrap(), weights=False)
+        tables_io.save(Path(checkpoint) / OPTIMIZER_TABLES, optimizer.model.unwrap(), optimizer.unwrap(), weights=False)
         if self.coordinator.is_master():
             with _dense_only(optimizer.model.unwrap()):
                 GeneralCheckpointIO.save_sharded_optimizer(
@@ -144,9 +148,23 @@ class FreqCacheCheckpointIO(TorchDDPCheckpointIO):
         Read from the folder of the tables, which has the dense state as well: the host's own reader of a sharded
         optimizer needs an accelerator.
         """
-        folder = Path(index_file_path).parent / TABLES
-        if tables_io.load_latest(folder, optimizer.model.unwrap(), optimizer.unwrap(), weights=False) is None:
-            raise ValueError(f"{folder}: no complete checkpoint of the optimizer")
+        load_optimizer_tables(Path(index_file_path).parent, optimizer.model.unwrap(), optimizer.unwrap())
+
+
+def load_tables(folder: Path, module: nn.Module) -> None:
+    """The tables that a sharded model's directory has.
+
+    Raises:
+        ValueError: there is no complete checkpoint of them; CheckpointError: it is damaged. Nothing was changed.
+    """
+    if tables_io.load_latest(folder / MODEL_TABLES, only_tables(module)) is None:
+        raise ValueError(f"{folder / MODEL_TABLES}: no complete checkpoint of the tables")
+
+
+def load_optimizer_tables(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The same for a sharded optimizer's directory: settings, dense state and the tables' columns."""
+    if tables_io.load_latest(folder / OPTIMIZER_TABLES, module, optimizer, weights=False) is None:
+        raise ValueError(f"{folder / OPTIMIZER_TABLES}: no complete checkpoint of the optimizer")
 
 
 def _refuse_async(use_async: bool) -> None:
@@ -154,7 +172,7 @@ def _refuse_async(use_async: bool) -> None:
         raise NotImplementedError("use_async=True: cached tables are saved synchronously; leave it out")
 
 
-def _only_tables(module: nn.Module) -> nn.Module:
+def only_tables(module: nn.Module) -> nn.Module:
     """A module with the cached tables of `module` alone, under the same names."""
     root = nn.Module()
     for name, cached in cached_modules(module).items():
@@ -179,35 +197,3 @@ def _dense_only(module: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.in_state_dict = True
-
-
-def teach_hybrid_checkpoint_io() -> None:
-    """Makes HybridParallelPlugin's optimizer checkpoints know cached tables, once in a process.
-
-    Its io gathers and shards state by comparing a parameter's shape before and after tensor parallelism; a cache block
-    has neither. For blocks, and only for them: saving hands out the logical columns, loading puts them into the rows.
-    """
-    io = HybridParallelCheckpointIO
-    if getattr(io, "_knows_cached_tables", False):
-        return
-    io._knows_cached_tables = True
-    gather, load_states = io.gather_from_sharded_optimizer_state, io.load_states_into_optimizer
-
-    @functools.wraps(gather)
-    def gather_with_tables(state: dict, param: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
-        weight = cached_weight_of(param)
-        return gather(state, param, *args, **kwargs) if weight is None else logical_state(state, weight)
-
-    @functools.wraps(load_states)
-    def load_states_with_tables(self: Any, optimizer: Any, state_dict: dict, id_map: dict) -> None:
-        of_tables = {
-            int(number): state
-            for number, state in state_dict.items()
-            if int(number) in id_map and cached_weight_of(id_map[int(number)]) is not None
-        }
-        rest = {number: state for number, state in state_dict.items() if int(number) not in of_tables}
-        load_states(self, optimizer, rest, id_map)
-        load_logical_states(optimizer.optim, {id_map[number]: state for number, state in of_tables.items()})
-
-    io.gather_from_sharded_optimizer_state = staticmethod(gather_with_tables)
-    io.load_states_into_optimizer = load_states_with_tables

@@ -1,8 +1,9 @@
 """FreqCacheOpHook: what Colossal-AI's parameter hooks see of cached tables, and the next batch's rows.
 
 Events of one lookup, in order: pre_forward, post_forward, pre_backward, post_backward. Rows whose gradient was used are
-released in pre_forward (post_backward comes before the gradient is accumulated, so nothing can be released there); a
-batch that was announced is admitted in post_forward, when the current one's rows are held by its graph.
+released by the lookup itself, after pre_forward (post_backward comes before the gradient is accumulated, so nothing can
+be released there); a batch that was announced is admitted in post_forward, when the current one's rows are held by its
+graph.
 """
 
 import warnings
@@ -40,9 +41,8 @@ class FreqCacheOpHook(ColoParamOpHook):
         self._too_small = False
 
     def pre_forward(self, params: list[torch.Tensor]) -> None:
-        """Releases rows that nobody needs any more."""
+        """Notes what the cache has counted so far."""
         for weight in self._count("pre_forward", params):
-            weight.settle()
             self._before[weight] = (weight.cache.stats.hits, weight.cache.stats.misses)
 
     def post_forward(self, params: list[torch.Tensor]) -> None:

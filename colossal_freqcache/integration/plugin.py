@@ -4,6 +4,7 @@ That is the layout of Fang et al. 2022 (arXiv:2208.05321). The base is Colossal-
 """
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,9 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import optim
 from ..config import FreqCacheConfig
-from ..parallel import _Sharded
-from ..step_hooks import bind_blocks, check_optimizer
-from .bags import cached_modules, ignore_in_ddp
+from ..row_rules import make_rule
+from ..step_hooks import bind_blocks, check_optimizer, rule_name_of
+from .bags import cached_modules, check_group, ignore_in_ddp
 from .checkpoint_io import FreqCacheCheckpointIO
 from .config_files import load_config
 from .dataloader import PrefetchingLoader
@@ -45,8 +46,11 @@ class FreqCacheModel(TorchDDPModel):
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
         if any(parameter.requires_grad for name, parameter in module.named_parameters() if name not in ignored):
             super().__init__(module, **ddp_options)
-        else:  # tables alone: nothing is left for DDP, which refuses that
+        else:  # tables alone are trained: nothing is left for DDP, which refuses that, but to start alike
             ModelWrapper.__init__(self, module)
+            for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+                if name not in ignored:
+                    dist.broadcast(tensor.data, 0)
         self.op_hooks = [hook]
 
     def unwrap(self, unwrap_peft: bool = True) -> nn.Module:
@@ -99,11 +103,15 @@ class FreqCacheOptimizer(OptimizerWrapper):
 
     def clip_grad_by_value(self, clip_value: float, *args: Any, **kwargs: Any) -> None:
         """Clamps every element of all gradients to [-clip_value, clip_value], those of the tables' rows too."""
-        with torch.no_grad():
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    grad = parameter.grad
-                    (grad._values() if grad.is_sparse else grad).clamp_(-clip_value, clip_value)
+        optim.clip_grad_value_(self.parameters, clip_value)
+
+
+def _default_timeout() -> Any:
+    """How long the default group waits, if that is gloo's; None: torch's default."""
+    try:
+        return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):  # another backend, without host tensors
+        return None
 
 
 class FreqCachePlugin(TorchDDPPlugin):
@@ -144,7 +152,7 @@ class FreqCachePlugin(TorchDDPPlugin):
         self.ids = ids
         self.policy = FreqCachePolicy(self.config, pattern=pattern, min_rows=min_rows, counts=counts, output="share")
         # Of their own: exchanges of tables and DDP's reductions never wait for one another's order.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=_default_timeout())
 
     def configure(
         self,
@@ -155,15 +163,12 @@ class FreqCachePlugin(TorchDDPPlugin):
         lr_scheduler: LRScheduler | None = None,
     ) -> tuple:
         """Swaps the tables, binds the optimizer, wraps model, optimizer and loader."""
+        if isinstance(model, ModelWrapper):
+            raise ValueError(f"the model is a {type(model).__name__} already: give the module itself")
         self._check_optimizer_fits(model, optimizer)
         if self.policy.tables(model) or not cached_modules(model):
             shard_config = ShardConfig(tensor_parallel_process_group=self.group)
-            try:
-                model, _ = ShardFormer(shard_config).optimize(model, policy=self.policy)
-            except RuntimeError as error:  # the host wraps what a swap raises, and loses its kind
-                if error.__context__ is not None and isinstance(error.__context__, (ValueError, TypeError)):
-                    raise error.__context__ from None
-                raise
+            model, _ = ShardFormer(shard_config).optimize(model, policy=self.policy)
         self._check_tables(model)
         ignore_in_ddp(model)
         if optimizer is not None:
@@ -186,14 +191,14 @@ class FreqCachePlugin(TorchDDPPlugin):
         tables = [*self.policy.tables(model).values(), *cached_modules(model).values()]
         if any(table.weight.requires_grad and id(table.weight) in held for table in tables):
             check_optimizer(optimizer)
+        weights = {id(table.weight) for table in tables if table.weight.requires_grad}
+        for group in optimizer.param_groups:
+            if any(id(parameter) in weights for parameter in group["params"]):
+                make_rule(rule_name_of(optimizer)).check(group)
 
     def _check_tables(self, model: nn.Module) -> None:
         for name, module in cached_modules(model).items():
-            if self.world_size > 1 and not isinstance(module, _Sharded):
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}, which each of {self.world_size} ranks would train for "
-                    f"itself: build Parallel{type(module).__name__} with the same arguments in its place"
-                )
+            check_group(name, module, self.world_size, "share")
 
     def _wrapped(self, dataloader: Any, model: FreqCacheModel, hook: FreqCacheOpHook) -> Any:
         if self.config.depth == 0:

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from colossalai.shardformer.policies.base_policy import (
-    ModulePolicyDescription,
-    Policy,
-    SubModuleReplacementDescription,
-)
+from colossalai.shardformer.policies.base_policy import Policy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,11 +17,15 @@ from ..config import FreqCacheConfig
 from ..frequency import as_counts
 from ..row_layout import RowLayout
 from ..row_rules import make_rule
-from .bags import ParallelFreqAwareEmbeddingBag, cached_modules, ignore_in_ddp
-from .checkpoint_io import teach_hybrid_checkpoint_io
+from .bags import ParallelFreqAwareEmbeddingBag, cached_modules, check_group, ignore_in_ddp
 from .config_files import load_config
+from .hybrid import teach_hybrid_plugin
 
 __all__ = ["FreqCachePolicy", "divide_slots"]
+
+
+# Registered by users on the native module, and lost with it.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
 class FreqCachePolicy(Policy):
@@ -77,27 +77,29 @@ class FreqCachePolicy(Policy):
             )
 
     def preprocess(self) -> nn.Module:
-        """Looks at the model; changes nothing."""
+        """Looks at the whole model first, then swaps every table, under all names that it has."""
         self._check_model()
-        return self.model
-
-    def module_policy(self) -> dict:
-        """One replacement for each table, under the root's class."""
         tables = self.tables(self.model)
         group = self.shard_config.tensor_parallel_process_group
         options = self.options(tables, dist.get_world_size(group) if dist.is_initialized() else 1)
-        replacements = [
-            SubModuleReplacementDescription(
-                suffix=name, target_module=ParallelFreqAwareEmbeddingBag, kwargs=options[name]
-            )
-            for name in tables
-        ]
-        return {type(self.model): ModulePolicyDescription(sub_module_replacement=replacements)}
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in self.model.modules():
+            for name, child in parent._modules.items():
+                places.setdefault(id(child), []).append((parent, name))
+        for name, table in tables.items():
+            bag = ParallelFreqAwareEmbeddingBag.from_native_module(table, group, **options[name])
+            for parent, attribute in places[id(table)]:
+                setattr(parent, attribute, bag)
+        return self.model
+
+    def module_policy(self) -> dict:
+        """Nothing is left to replace. (The host would look for the names below every module of the root's class.)"""
+        return {}
 
     def postprocess(self) -> nn.Module:
-        """DDP is to leave the cache blocks alone; optimizer checkpoints of the host are taught about them."""
+        """DDP is to leave the cache blocks alone; the host's hybrid plugin is taught about them."""
         ignore_in_ddp(self.model)
-        teach_hybrid_checkpoint_io()
+        teach_hybrid_plugin()
         return self.model
 
     # ---- which tables, and how large their caches ---------------------------------------------------------------
@@ -118,7 +120,11 @@ class FreqCachePolicy(Policy):
             raise ValueError("the model is inside DistributedDataParallel already: swap tables before it is wrapped")
         if isinstance(model, nn.EmbeddingBag):
             raise ValueError("the model is a bare nn.EmbeddingBag, which cannot be swapped: put it into a module")
-        if not tables and not cached_modules(model):
+        there = cached_modules(model)
+        for name, module in there.items() if dist.is_initialized() else ():
+            group = self.shard_config.tensor_parallel_process_group
+            check_group(name, module, dist.get_world_size(group), self.output)
+        if not tables and not there:
             raise ValueError(
                 f"no nn.EmbeddingBag{f' of at least {self.min_rows} rows' if self.min_rows else ''}"
                 f"{'' if self.patterns is None else f' matching {self.patterns}'} in the model: nothing to cache"
@@ -134,13 +140,31 @@ class FreqCachePolicy(Policy):
         holders = Counter(
             id(parameter) for module in set(model.modules()) for parameter in module.parameters(recurse=False)
         )
+        group = self.shard_config.tensor_parallel_process_group
+        world_size = dist.get_world_size(group) if dist.is_initialized() else 1
         for name, table in tables.items():
+            if type(table._parameters.get("weight")) is not nn.Parameter:
+                raise ValueError(
+                    f"{name}.weight is no plain Parameter (parametrized, or lazily made?): swap it before that"
+                )
             if holders[id(table.weight)] > 1:
                 raise ValueError(
                     f"{name}.weight is shared by {holders[id(table.weight)]} modules: a cached table cannot be tied"
                 )
             if table.weight.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{name} is {table.weight.dtype}: rows are float32 or float64")
+            if table.weight.grad is not None:
+                raise ValueError(f"{name}.weight has a gradient: call zero_grad(), or step, before its table is cached")
+            if self.config.sharding in (None, "column") and table.embedding_dim < world_size:
+                raise ValueError(
+                    f"{name} has {table.embedding_dim} columns for {world_size} ranks: leave it out by `pattern`, or "
+                    f'use sharding="row"'
+                )
+            hooks = [kind for kind in _HOOKS if getattr(table, kind, None)]
+            if hooks:
+                raise ValueError(
+                    f"{name} has {', '.join(hooks)}, which the module in its place would not call: remove them"
+                )
 
     def options(self, tables: Mapping[str, nn.EmbeddingBag], world_size: int) -> dict[str, dict[str, Any]]:
         """{name: keywords of the bag that takes its place}; budgets are divided among the tables."""
