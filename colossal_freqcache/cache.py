@@ -67,6 +67,7 @@ class RowCache:
         records: (ceiling, W) tensor, the cache block; slots from `num_slots` on are untouched pages.
         layout, stats, slots (SlotTable), store, order (RowOrder).
         moves: goes up whenever a slot changes its row.
+        prefetch_gives_way: whether prefetched rows may leave before a batch is refused for lack of room.
         budget_row_bytes: bytes that a slot takes of `max_cache_bytes`.
     """
 
@@ -95,7 +96,7 @@ class RowCache:
         self.budget_row_bytes = budget_row_bytes or layout.row_bytes
         config.check_slots_fit(self.num_rows, self.budget_row_bytes)
         num_slots, ceiling = config.size_in_slots(self.num_rows, self.budget_row_bytes)
-        self._warned_of_growth = False
+        self._warned_of_growth = self.prefetch_gives_way = False
         self.store.allocate(self.num_rows, layout)
         self._start_empty(num_slots, ceiling)
 
@@ -234,8 +235,8 @@ class RowCache:
 
     def _ensure_room(self, num_missing: int) -> None:
         """Grows the cache if free slots and unpinned rows are fewer than `num_missing`; the batch's hits are pinned."""
-        if self.slots.num_pinned + num_missing > self.ceiling:
-            self.end_prefetch()  # a hint gives way
+        if self.prefetch_gives_way and self.slots.num_pinned + num_missing > self.ceiling:
+            self.end_prefetch()
         pinned = self.slots.num_pinned
         needed = pinned + num_missing
         if needed <= self.num_slots:

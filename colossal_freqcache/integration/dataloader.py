@@ -36,6 +36,8 @@ class PrefetchingLoader:
         self._modules = dict(modules)
         self._ids = ids
         self._hook = hook
+        for module in self._modules.values():
+            module._cache.prefetch_gives_way = True  # a hint must not make a lookup fail
 
     def __len__(self) -> int:
         return len(self.loader)
