@@ -9,6 +9,7 @@ refused, with the reason, before anything has changed.
 
 import contextlib
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -28,7 +29,7 @@ from colossalai.tensor.d_tensor import get_sharding_spec, is_customized_distribu
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.testing import parameterize, rerun_if_address_is_in_use, spawn
 
-from colossal_freqcache import FreqAwareEmbeddingBag, ParallelFreqAwareEmbeddingBag, optim
+from colossal_freqcache import FreqAwareEmbeddingBag, ParallelFreqAwareEmbeddingBag, checkpoint, optim
 from colossal_freqcache.integration import (
     FreqCacheOpHook,
     FreqCachePlugin,
@@ -245,7 +246,7 @@ def test_bag(world_size):
 def boosted(kind, world_size, model, optimizer, dataloader=None, sharding="column", num_batches=1, **options):
     """(booster, model, optimizer, dataloader, this rank's share of a batch) of either plugin."""
     config = dict(num_slots=budget(world_size, num_batches), sharding=sharding, warmup_ratio=0.5)
-    options = dict(counts=COUNTS, **options)
+    options = {"counts": COUNTS, **options}
     if kind == "freqcache":
         plugin = FreqCachePlugin(section(**config), **options)
         share = slice(dist.get_rank() * BATCH, (dist.get_rank() + 1) * BATCH)
@@ -345,10 +346,106 @@ def check_boosted_is_unboosted(kind, sharding, name, world_size, folder):
         assert_close(unbroken, model.unwrap().state_dict(), f"{what}: resumed from {shard}")
 
 
+def check_checkpoints_of_other_plugins(world_size, folder):
+    """What FreqCachePlugin wrote, model and optimizer in one directory, loads under HybridParallelPlugin; a damaged one
+    changes nothing; the functions of `checkpoint` take boosted models."""
+    model = net()
+    booster, model, optimizer, _, share = boosted("freqcache", world_size, model, torch_optimizer("Adagrad", model))
+    train(model, optimizer, world_size, share, booster.backward, steps=4)
+    state, place = model.unwrap().state_dict(), folder / "one"
+    booster.save_model(model, str(place), shard=True)
+    booster.save_optimizer(optimizer, str(place), shard=True)
+    dist.barrier()
+    fresh = net(seed=9)
+    other = boosted("hybrid", world_size, fresh, torch_optimizer("Adagrad", fresh))
+    other[0].load_model(other[1], str(place / "pytorch_model.bin.index.json"))
+    other[0].load_optimizer(other[2], str(place / "pytorch_optim.bin.index.json"))
+    for key, value in other[1].unwrap().state_dict().items():
+        assert torch.equal(value, state[key]), f"under the other plugin: {key}"
+    ours, theirs = (tensors_of(each.unwrap().state_dict()["state"]) for each in (optimizer, other[2]))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    path = checkpoint.save(folder / "direct", model, optimizer, step=4)
+    assert checkpoint.load(path, other[1], other[2]) == 4
+
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (dense,) = place.glob("pytorch_model*.bin")
+        dense.write_bytes(b"broken")
+    dist.barrier()
+    train(model, optimizer, world_size, share, booster.backward, steps=1, seed=5)
+    before = model.unwrap().state_dict()
+    with pytest.raises(pickle.UnpicklingError):
+        booster.load_model(model, str(place / "pytorch_model.bin.index.json"))
+    for key, value in model.unwrap().state_dict().items():
+        assert torch.equal(value, before[key]), f"a failed load changed {key}"
+
+
+class OfTables(nn.Module):
+    """A model of one collection; with output="gather" of a dense part, too: the hybrid plugin's DDP wants one."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.dense = nn.Linear(1, 1) if output == "gather" else None
+        self.tables = ParallelFreqAwareEmbeddingBagCollection(SIZES, DIM, num_slots=300, output=output)
+
+    def forward(self, values, offsets):
+        return self.tables(values, offsets)
+
+
+def check_collections_are_saved(world_size, folder):
+    """Under both plugins, in one file and sharded, also without a dense part."""
+    for kind, output in (("freqcache", "share"), ("hybrid", "gather")):
+        for shard_it in (False, True):
+            saved = []
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                booster, model, *_ = boosted(kind, world_size, OfTables(output), None, counts={})
+                path = str(folder / f"{kind}{'' if shard_it else '.pt'}")
+                if seed == 1:
+                    booster.save_model(model, path, shard=shard_it)
+                else:
+                    booster.load_model(model, path)
+                dist.barrier()
+                saved.append(model.unwrap().state_dict())
+            assert {f"tables.{name}" for name in NAMES} <= set(saved[0])
+            assert_close(saved[1], saved[0], f"{kind} {shard_it}")
+
+
+def check_what_one_rank_does_raises_on_all(world_size):
+    """With the hooks in use, too: an edit of the block on one rank is refused by all, in the lookup's own exchange."""
+    model = net()
+    _, model, *_ = boosted("freqcache", world_size, model, torch_optimizer("SGD", model))
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            model.unwrap().tables[0].weight.mul_(2)
+    ids, _ = next(batches(world_size))
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        model(ids[:BATCH])
+
+
+def check_a_hint_gives_way(world_size):
+    """Rows of an announced batch that never comes do not make a larger one fail."""
+    model = nn.Sequential(nn.EmbeddingBag(90, DIM, mode="sum"), nn.Linear(DIM, 1))
+    row_bytes = -(-DIM // world_size) * 4
+    first, second = (torch.arange(n * 20, n * 20 + 20).view(10, 2) for n in range(2))
+    large = torch.arange(40, 80).view(20, 2)  # alone it fits
+    loader = [first, second]
+    plugin = FreqCachePlugin(section(max_cache_bytes=40 * row_bytes), ids=lambda batch: batch)
+    booster = Booster(plugin=plugin)
+    model, _, _, loader, _ = booster.boost(model, dataloader=loader)
+    with torch.no_grad():
+        model(next(iter(loader)))
+        assert model.op_hooks[0].prefetches == 1
+        model(large)
+
+
 def run_plugins(rank, world_size, port, folder):
     enter(rank, world_size, port)
     with quiet():
         check_boosted_is_unboosted(world_size=world_size, folder=folder)
+        check_checkpoints_of_other_plugins(world_size, folder)
+        check_collections_are_saved(world_size, folder)
     dist.barrier()
 
 
@@ -571,6 +668,8 @@ def run_freqcache_plugin(rank, world_size, port):
         check_a_too_small_cache_stops_prefetching(world_size)
         check_optimizers(world_size)
         check_scheduler(world_size)
+        check_what_one_rank_does_raises_on_all(world_size)
+        check_a_hint_gives_way(world_size)
         check_modules_that_are_there(world_size)
     dist.barrier()
 
