@@ -573,7 +573,7 @@ class _Sharded:
         local = self._exchange_requests(plan)
         rows = self._return_rows(plan, self._lookup(local)[:, 0])
         batch = plan.sent.batch
-        divisors = self._occurrences(plan) if self.scale_grad_by_freq else None
+        divisors = self._occurrences(plan) if self.scale_grad_by_freq and self.mode != "max" else None
         pooling = _RowPooling(self._cache.kernels, self.mode, plan.sent, len(self._placement.table_sizes), divisors)
         return _PoolRows.apply(rows, batch.weights, pooling)
 
@@ -818,7 +818,7 @@ def _described(options: dict[str, Any]) -> dict[str, Any]:
     """Of a bag's keywords, what all ranks must give alike and its placement does not see; to be compared."""
     weights, dtype = options.get("_weight"), options.get("dtype")
     if dtype is None:
-        dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
+        dtype = torch.get_default_dtype() if weights is None or not len(weights) else weights[0].dtype
     given = None if weights is None else "given"
     return {"padding_idx": str(options.get("padding_idx")), "dtype": str(dtype), "_weight": given}
 
@@ -902,9 +902,11 @@ class ShardedFreqAwareEmbeddingBag(_Sharded, FreqAwareEmbeddingBag):
         output: "share": each rank passes its own share of the batch, of any size, and gets that share's full width;
             table gradients are averaged over the ranks. "gather": all pass the same batch and get the same output.
 
-    Every method that reads or writes the table (`state_dict`, `logical_weight`, `init_`, forwards, `prefetch`,
-    `optim.clip_grad_norm_`) must be called by all ranks, in one order. `weight` is this rank's cache block;
-    `state_dict()` is the whole table on every rank.
+    Whatever reads or writes the table (forwards and their backwards, `prefetch`, `state_dict`, `logical_weight`,
+    `init_`, the optimizer's `step` and `state_dict`, `optim.clip_grad_norm_`) must be called by all ranks, in one
+    order. `weight` is this rank's cache block; `state_dict()` is the whole table on every rank. Settings and seeds must
+    be the same on all ranks; `_weight` is taken from the first; counts may be each rank's own, unless they make the plan
+    of whole tables.
 
     Raises:
         ValueError: more ranks than columns, settings that differ among ranks, and what FreqAwareEmbeddingBag raises.

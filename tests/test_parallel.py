@@ -345,7 +345,17 @@ class Run(NamedTuple):
 
 
 def train_ours(
-    rank, world_size, sharding, optimizer, scenario=plain, steps=STEPS, resident=False, torchs=False, pause=None
+    rank,
+    world_size,
+    sharding,
+    optimizer,
+    scenario=plain,
+    steps=STEPS,
+    *,
+    resident=False,
+    torchs=False,
+    pause=None,
+    own_counts=False,
 ):
     """Trains a sharded collection on this rank's shares; with `torchs` by torch's optimizer of that name."""
     num_slots = NUM_ROWS if resident else slots_of_steps(sharding, steps, world_size, SCENARIOS[scenario])
@@ -354,7 +364,7 @@ def train_ours(
         world_size,
         sharding,
         num_slots,
-        ids_freq_mapping=counts_of(SIZES) if with_counts else None,
+        ids_freq_mapping=np.roll(counts_of(SIZES), rank if own_counts else 0) if with_counts else None,
         optimizer=None if with_counts or torchs else NAMES[optimizer],
     )
     if torchs:
@@ -497,6 +507,19 @@ def check_second_run(rank, world_size, sharding):
 def test_timing_decides_nothing(ranks, sharding):
     """Ranks that wait at random, each for its own time, give the same bits, hits and evictions."""
     ranks.run(check_second_run, sharding)
+
+
+def check_own_counts(rank, world_size, sharding):
+    same = cached_run(rank, world_size, sharding, "RowWiseAdagrad", plain, STEPS)
+    own = train_ours(rank, world_size, sharding, "RowWiseAdagrad", own_counts=True)
+    assert_same_bits([same.outs, *same.tensors], [own.outs, *own.tensors], "counts alike and counts of each rank's own")
+
+
+@every_sharding
+@on_2_ranks
+def test_ranks_may_count_ids_for_themselves(ranks, sharding):
+    """Counts order a rank's rows and slots, and no value: ranks meet by id, also in the sums of row-wise Adagrad."""
+    ranks.run(check_own_counts, sharding)
 
 
 # ---- arguments of nn.EmbeddingBag ------------------------------------------------------------------------------------

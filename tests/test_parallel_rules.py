@@ -495,9 +495,9 @@ def check_plan(rank, world_size):
 TIMEOUT_S = 20
 
 
-def live_until_killed(rank, world_size, rendezvous, moment, told):
-    """Trains; rank 1 is killed in step 3. The others put what they were told into `told`."""
-    import torch._dynamo
+def live_until_killed(rank, world_size, rendezvous, told):
+    """Trains; rank 1 is killed in step 3, after its forward. The others put into `told` what they were told."""
+    import torch._dynamo  # as in ranks.py
 
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
@@ -509,37 +509,33 @@ def live_until_killed(rank, world_size, rendezvous, moment, told):
     errors = []
     for step in range(5):
         share = make_share(SIZES, step, rank)
+        doing = "forward"
         try:
-            if step == 3 and rank == 1 and moment == "forward":
-                os.kill(os.getpid(), signal.SIGKILL)
             out = bag(share.values, share.offsets)
+            doing = "backward"
             if step == 3 and rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             local_loss(step, rank, out).backward()
             optimizer.step()
-            optimizer.zero_grad()
         except RuntimeError as error:
-            errors.append((step, str(error)))
-            optimizer.zero_grad()
+            errors.append((step, doing, str(error)))
+        optimizer.zero_grad()
     told.put((rank, errors))
     told.close()
     told.join_thread()
     os._exit(0)  # not through destroy_process_group: the group is broken
 
 
-@pytest.mark.parametrize("moment", ["forward", "backward"])
-def test_a_killed_rank_is_told_by_the_others(moment):
-    """In the exchange where they miss it and in the next they raise, with a reason, before the group's timeout."""
+def test_the_others_raise_when_a_rank_is_killed():
+    """In the backward that misses it, and in the next forward: with a reason, and before the group's timeout."""
     context = torch.multiprocessing.get_context("spawn")
     told = context.Queue()
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([path] if path else [])])
     try:
         with tempfile.TemporaryDirectory() as folder:
-            rendezvous = str(Path(folder) / "rendezvous")
-            processes = [
-                context.Process(target=live_until_killed, args=(rank, 3, rendezvous, moment, told)) for rank in range(3)
-            ]
+            arguments = [(rank, 3, str(Path(folder) / "rendezvous"), told) for rank in range(3)]
+            processes = [context.Process(target=live_until_killed, args=of_rank) for of_rank in arguments]
             for process in processes:
                 process.start()
             try:
@@ -549,9 +545,12 @@ def test_a_killed_rank_is_told_by_the_others(moment):
                     process.join(timeout=10)
                     process.kill()
     finally:
-        os.environ.pop("PYTHONPATH") if path is None else os.environ.__setitem__("PYTHONPATH", path)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
     assert processes[1].exitcode == -signal.SIGKILL
     for rank in (0, 2):
-        assert [step for step, _ in reports[rank]] == [3, 4]
-        for _, message in reports[rank]:
-            assert f"rank {rank} of 3 could not exchange with the others" in message
+        assert [where for *where, _ in reports[rank]] == [[3, "backward"], [4, "forward"]]
+        for *_, message in reports[rank]:
+            assert f"rank {rank} of 3 could not exchange with the others that share its cached tables" in message
