@@ -905,8 +905,8 @@ class ShardedFreqAwareEmbeddingBag(_Sharded, FreqAwareEmbeddingBag):
     Whatever reads or writes the table (forwards and their backwards, `prefetch`, `state_dict`, `logical_weight`,
     `init_`, the optimizer's `step` and `state_dict`, `optim.clip_grad_norm_`) must be called by all ranks, in one
     order. `weight` is this rank's cache block; `state_dict()` is the whole table on every rank. Settings and seeds must
-    be the same on all ranks; `_weight` is taken from the first; counts may be each rank's own, unless they make the plan
-    of whole tables.
+    be the same on all ranks; `_weight` is taken from the first; counts may be each rank's own, unless whole tables are
+    placed by them.
 
     Raises:
         ValueError: more ranks than columns, settings that differ among ranks, and what FreqAwareEmbeddingBag raises.

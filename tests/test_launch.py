@@ -168,7 +168,8 @@ def config_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
 
     def make(sharding="column", **settings):
-        section = dict(cache_ratio=0.04, evict_strategy="dataset", optimizer="adagrad", sharding=sharding, **settings)
+        section = dict(cache_ratio=0.04, evict_strategy="dataset", optimizer="adagrad", sharding=sharding, depth=0)
+        section.update(settings)
         path = folder / f"config{len(list(folder.iterdir()))}.py"
         path.write_text(
             "SYNTHETIC = 'kaggle'\n"

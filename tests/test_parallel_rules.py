@@ -81,6 +81,11 @@ def without_grad(bag):
         bag(*GOOD)
 
 
+def in_inference_mode(bag):
+    with torch.inference_mode():
+        bag(changed(GOOD[0], 4, 38), GOOD[1])
+
+
 def with_another_parameter(bag):
     block = bag.weight
     bag.weight = nn.Parameter(torch.zeros(SIZES[0], DIM))
@@ -98,6 +103,7 @@ BAD = {
         "id 37 at position 4 .* of table 2: 0..36",
     ),
     "negative id": (lambda bag: bag(changed(GOOD[0], 0, -1), GOOD[1]), ValueError, "id -1 at position 0 .* of table 0"),
+    "id past its table, in inference mode": (in_inference_mode, ValueError, "id 38 at position 4"),
     "offsets that decrease": (lambda bag: bag(GOOD[0], changed(GOOD[1], 2, 5)), ValueError, "must not decrease"),
     "offsets past the end": (lambda bag: bag(GOOD[0], changed(GOOD[1], -1, 9)), ValueError, "past the end of 6"),
     "bags for some tables only": (lambda bag: bag(GOOD[0], GOOD[1][:-1]), ValueError, "7 bags for 4 tables"),
@@ -173,7 +179,7 @@ def check_too_small(rank, world_size, sharding, options):
     for number in range(3):
         batch = overfull(sharding) if rank == 1 else none if number else few
         refuses(bag, trained, lambda: bag(*batch), CacheTooSmallError, "have to be resident at once", "forward")  # noqa: B023
-        with torch.no_grad():
+        with torch.inference_mode() if number else torch.no_grad():
             refuses(bag, trained, lambda: bag(*batch), CacheTooSmallError, "resident at once", "no_grad")  # noqa: B023
         for module, optimizer in ((bag, trained), (twin, trained_twin)):
             local_loss(number, rank, module(*few)).backward()
@@ -298,6 +304,7 @@ WRONG = {
     "rows": ({"sizes": [3, 0, 1, 1]}, ValueError, "table 1 has 0 rows"),
     "counts": ({"ids_freq_mapping": [1, 2, 3]}, ValueError, ""),
     "weights": ({"_weight": [torch.zeros(2, 2)]}, ValueError, "_weight has shapes"),
+    "no weights": ({"_weight": []}, ValueError, "_weight has shapes"),
     "keyword": ({"colour": "red"}, TypeError, "colour"),
     "store": ({"store": FullStore()}, MemoryError, "no room for the table"),
     "store, weights": ({"store": FullStore(), "_weight": ZEROS}, MemoryError, "no room for the table"),
@@ -486,8 +493,7 @@ def check_plan(rank, world_size):
     assert bag._placement.plan == [0, 1, 1, 0], f"plan {bag._placement.plan}"
     counts = [[1] * 100, [1] * 90, [50] * 10, [1] * 5]
     bag = construct("table", sizes=[100, 90, 10, 5], ids_freq_mapping=counts)
-    assert bag._placement.plan == [0, 1, 1, 0] or bag._placement.plan, f"plan {bag._placement.plan}"
-    assert sorted(set(bag._placement.plan)) == [0, 1], "a rank without a table"
+    assert bag._placement.plan == [1, 1, 0, 0], f"plan {bag._placement.plan} with the most lookups in table 2"
 
 
 # ---- a rank that dies ------------------------------------------------------------------------------------------------
