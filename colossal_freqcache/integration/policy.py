@@ -216,7 +216,7 @@ def divide_slots(
         share = left * weight / weight[dividing].sum() / cost
         full = dividing & (share >= most)
         if not full.any():
-            extra[dividing] = np.floor(share[dividing])
+            extra[dividing] = np.floor(share[dividing] + 1e-6)  # a share that is whole but for rounding
             break
         extra[full] = most[full]
         dividing &= ~full
