@@ -1,7 +1,7 @@
 # make setup       .venv: colossalai 0.5.0 (torch 2.5.1), the test tools, this package; nothing when up to date
 # make setup-core  .venv-core: torch 2.13.0, without colossalai
 # make demo        train a DLRM on real purchases through `colossalai run`; DEMO_ARGS="--steps 50" shortens it
-# make test        all tests in .venv, then those without four ranks in .venv-core; PYTEST_ARGS="-k frequency" narrows them
+# make test        all tests in .venv, then all but the slow ones in .venv-core; PYTEST_ARGS="-k frequency" narrows them
 # make test-core   the tests in .venv-core only
 # make lint        ruff: rules and format (make format applies the format)
 # make bench       the time of a training step
@@ -10,6 +10,7 @@
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST := -m pytest --numprocesses 2 --dist loadfile
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -58,10 +59,10 @@ test: test-full
 	$(MAKE) --no-print-directory test-core
 
 test-full: setup
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 test-core: setup-core
-	PATH="$(CURDIR)/$(VENV_CORE)/bin:$$PATH" $(VENV_CORE)/bin/python -m pytest -m "not four_ranks" $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(VENV_CORE)/bin:$$PATH" $(VENV_CORE)/bin/python $(PYTEST) -m "not slow and not four_ranks" $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,7 @@ README = HERE / "README.md"
 EXTRAS = {
     "colossalai": ["colossalai==0.5.0"],
     "data": ["pyarrow>=15", "pandas>=2.2"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "pyarrow>=15"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15"],
     "dev": ["ruff==0.17.6"],
 }
 EXTRAS["dev"] += [*EXTRAS["test"], *EXTRAS["data"]]

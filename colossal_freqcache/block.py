@@ -62,7 +62,7 @@ class CachedWeight:
         parameter: nn.Parameter (ceiling, local D), a view of the block's weight columns; the same object for
             life, but for `adopt`.
         rule: the row rule whose state the records hold, or None.
-        version: goes up whenever rows are updated (a backward that needs the forward's values compares it).
+        version: goes up whenever rows may be updated (a backward that needs the forward's values compares it).
         num_tokens: tokens not released.
         state_is_initial: every state column holds its initial value.
         max_state_dict_bytes: above this, the logical table is not handed out as one tensor; 2 GiB.
@@ -161,7 +161,7 @@ class CachedWeight:
             token = self._dead.popleft()
             if token.state == HELD:
                 self.release(token)
-        if self._spent and not self._has_gradient():
+        if self._spent and self._is_cleared():
             self._release_spent()
 
     def _check_edits(self) -> None:
@@ -188,6 +188,14 @@ class CachedWeight:
         grad = self.parameter.grad
         return grad is not None and (not grad.is_sparse or grad._nnz() > 0)
 
+    def _is_cleared(self) -> bool:
+        """Whether the gradient of the spent tokens is gone. One without entries may be theirs: they may hold no rows.
+
+        (A rank whose part of the table a batch does not touch has such tokens, and keeps them as long as the others.)
+        """
+        grad = self.parameter.grad
+        return grad is None or (not self._has_gradient() and any(token.slots.numel() for token in self._spent))
+
     def _release_spent(self) -> None:
         for token in self._spent:
             self.release(token)
@@ -196,7 +204,13 @@ class CachedWeight:
     # ---- backward -----------------------------------------------------------------------------------------------
 
     def before_backward(self, token: Token, needs_gradient: bool) -> None:
-        """Refuses a backward whose slots may have changed their rows, or that would add to a used-up gradient."""
+        """Refuses a backward whose slots may have changed their rows, or that would add to a used-up gradient.
+
+        On all ranks that share the table: one whose part the batch does not touch would find nothing wrong.
+        """
+        self.placement.together(lambda: self._check_backward(token, needs_gradient))
+
+    def _check_backward(self, token: Token, needs_gradient: bool) -> None:
         if token.state == RELEASED:
             raise RuntimeError(
                 "backward through a lookup whose rows were released: an optimizer stepped, or the gradient was cleared,"
@@ -339,6 +353,7 @@ class CachedWeight:
 
     def step(self, group: dict, step: int, scale: float = 1.0) -> None:
         """Applies the rule to the rows of the checked `.grad` divided by `scale`, as step number `step` (from 1)."""
+        self.version += 1  # without rows of its own, too: ranks that share the table compare alike
         grad = self.parameter.grad
         slots = grad._indices()[0]
         if not slots.numel():
@@ -361,7 +376,6 @@ class CachedWeight:
                 step,
                 self.placement,
             )
-        self.version += 1
         self.state_is_initial = False
 
     def after_step(self) -> None:
@@ -423,7 +437,7 @@ class CachedWeight:
 
     def logical_chunk(self, column: str, first: int, last: int, to: int | None = None) -> torch.Tensor | None:
         """The same for ids first..last-1 of one table, of any total size; with `to`, only that rank gets them."""
-        self._check_edits()
+        self.placement.together(self._check_edits)
         with plain_mode():
             return self.placement.read(column, first, last, self._is_split(column), to)
 

@@ -557,6 +557,11 @@ class _Sharded:
         self._placement.go_on()  # every rank has its cache
         super()._initialize(weights)
 
+    def init_(self, fn: Callable[[torch.Tensor], Any]) -> None:
+        """As in one process; every rank must call it."""
+        self._placement.together(self._cached_weight.settle)  # what one rank must not overwrite, none does
+        super().init_(fn)
+
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The group whose ranks share the tables; None for one process."""
@@ -869,16 +874,16 @@ class _PoolRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, weights: torch.Tensor | None, pooling: _RowPooling):
         ctx.pooling = pooling
-        ctx.weighted = weights is not None
-        ctx.save_for_backward(rows, *([weights] if ctx.weighted else []))
+        ctx.save_for_backward(rows, *([] if weights is None else [weights]))
         rows, weights = rows.detach().contiguous(), None if weights is None else weights.detach()
         return pooling.forward(rows, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        pooling, rows = ctx.pooling, ctx.saved_tensors[0]
-        weights = ctx.saved_tensors[1].detach() if ctx.weighted else None
+        pooling = ctx.pooling
+        rows, *saved = ctx.saved_tensors  # read once: checkpointing hands them out once
+        weights = saved[0].detach() if saved else None
         rows_gradient = weights_gradient = None
         with plain_mode():
             if ctx.needs_input_grad[0]:
