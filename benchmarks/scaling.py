@@ -6,7 +6,7 @@ The model is the few plain functions below, for `output="share"`. The run first 
 ranks and compares, at every step and on every rank, the bytes of the model with those that `Ranks.bytes_sent` counted
 and with those that were handed to torch.distributed. A difference ends the run. Then it evaluates the model for click
 logs: 26 tables as large and as skewed as Criteo's Kaggle set, one id a bag, and once more for long bags. How many
-distinct rows a step has comes from the calibrated generator of examples/dlrm, drawn in full, not from a formula.
+distinct rows a step has comes from the calibrated generator of the package, drawn in full, not from a formula.
 
 What the model has to know of the ids (how many are distinct, where they live) are arguments: the check takes them from
 the very batches, the example from the generator.
@@ -33,11 +33,10 @@ from harness import REPOSITORY, command_line, describe_machine, markdown_table, 
 import colossal_freqcache
 from colossal_freqcache import optim
 from colossal_freqcache.parallel import ShardedFreqAwareEmbeddingBagCollection, balanced_plan
+from colossal_freqcache.synthetic import PRESETS, TableStream
 
-sys.path.insert(0, str(REPOSITORY / "examples" / "dlrm"))
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from data_synthetic import PRESETS, TableStream
 from ranks import run_on_ranks
 
 KINDS = ("ids", "rows", "numbers")
@@ -67,8 +66,8 @@ class Share(NamedTuple):
 
 
 def headers_sent(ranks: int) -> int:
-    """Before a lookup, 4 + W int64 (may it go on, what must be alike, how many ids go to whom), and 1 byte after it."""
-    return (8 * (4 + ranks) + 1) * (ranks - 1)
+    """Before a lookup 4 + W int64 (may it go on, what must be alike, how many ids go to whom), 1 byte after it, 1 in its backward."""
+    return (8 * (4 + ranks) + 2) * (ranks - 1)
 
 
 def row_sums_sent(ranks: int, updated_rows: int) -> int:

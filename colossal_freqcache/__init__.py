@@ -10,6 +10,7 @@ from .config import FreqCacheConfig
 from .embedding import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection
 from .eviction import EvictionStrategy
 from .frequency import IdFrequency
+from .lookahead import Lookahead
 
 __all__ = [
     "CacheTooSmallError",
@@ -18,17 +19,13 @@ __all__ = [
     "FreqAwareEmbeddingBagCollection",
     "FreqCacheConfig",
     "IdFrequency",
+    "Lookahead",
     "__version__",
     "checkpoint",
     "optim",
 ]
 
 __version__ = "0.1.0"
-
-_PLANNED = {
-    "Lookahead": "admitting the rows of the next batches ahead of training",
-}
-
 
 # Public as well, but not of `import *`: they need colossalai, which is imported when one of them is asked for.
 _INTEGRATION = ("ParallelFreqAwareEmbeddingBag", "ParallelFreqAwareEmbeddingBagCollection")
@@ -39,6 +36,4 @@ def __getattr__(name: str):
         from . import integration
 
         return getattr(integration, name)
-    if name in _PLANNED:
-        raise NotImplementedError(f"colossal_freqcache.{name} is planned, not built yet: {_PLANNED[name]}")
     raise AttributeError(f"module 'colossal_freqcache' has no attribute {name!r}")

@@ -7,14 +7,15 @@ Source: Fang et al. 2022 (arXiv:2208.05321); it differs in dirty bits, pins, sta
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .ahead import Ahead
 from .config import FreqCacheConfig
 from .eviction import EvictionStrategy, make_policy
-from .kernels import BatchPlan, make_kernels
+from .kernels import BatchPlan, WantedIds, make_kernels
 from .metrics import CacheStats
 from .row_layout import RowLayout
 from .row_order import RowOrder
@@ -67,7 +68,7 @@ class RowCache:
         records: (ceiling, W) tensor, the cache block; slots from `num_slots` on are untouched pages.
         layout, stats, slots (SlotTable), store, order (RowOrder).
         moves: goes up whenever a slot changes its row.
-        prefetch_gives_way: whether prefetched rows may leave before a batch is refused for lack of room.
+        ahead: the batches to come. strategy: the eviction policy's name.
         budget_row_bytes: bytes that a slot takes of `max_cache_bytes`.
     """
 
@@ -86,7 +87,12 @@ class RowCache:
         strategy = config.evict_strategy
         if strategy is None:
             strategy = EvictionStrategy.S3FIFO if counts is None else EvictionStrategy.DATASET
-        self._strategy = EvictionStrategy.parse(strategy)
+        self.strategy = EvictionStrategy.parse(strategy)
+        # Distinct counts, descending, and how many rows have each: all that is kept of them.
+        self._count_runs = None
+        if counts is not None:
+            distinct, runs = np.unique(np.asarray(counts), return_counts=True)
+            self._count_runs = distinct[::-1].astype(np.float64), runs[::-1]
         self.kernels = make_kernels(config.kernels)
         self.stats = CacheStats(len(table_sizes))
         self.order = RowOrder.from_counts(counts, self.num_rows)
@@ -96,17 +102,37 @@ class RowCache:
         self.budget_row_bytes = budget_row_bytes or layout.row_bytes
         config.check_slots_fit(self.num_rows, self.budget_row_bytes)
         num_slots, ceiling = config.size_in_slots(self.num_rows, self.budget_row_bytes)
-        self._warned_of_growth = self.prefetch_gives_way = False
+        self._warned_of_growth = False
         self.store.allocate(self.num_rows, layout)
+        self.ahead = Ahead(self)
         self._start_empty(num_slots, ceiling)
 
     def _start_empty(self, num_slots: int, ceiling: int) -> None:
         """Fresh maps and an untouched block: nothing is resident."""
         self.slots = SlotTable(num_slots, self.num_rows, self.order.id_of_row is None)
-        self.policy = make_policy(self._strategy, num_slots, self.num_rows)
         self.records = _untouched(ceiling, self.layout)
         self._prefetched = np.empty(0, np.int32)
         self.moves += 1
+        self.renew_policy()
+
+    def renew_policy(self, strategy: EvictionStrategy | None = None) -> None:
+        """A policy that has seen the resident rows admitted, in row order backwards, and nothing else; O(slots).
+
+        strategy: which one from here on; default: as before.
+        """
+        self.strategy = strategy or self.strategy
+        counts_of_row = None if self._count_runs is None else np.repeat(*self._count_runs)
+        self.policy = make_policy(self.strategy, self.num_slots, self.num_rows, counts_of_row)
+        used = np.flatnonzero(self.slots.row_of_slot.numpy() >= 0).astype(np.int32)
+        rows = self.slots.row_of_slot.numpy()[used].astype(np.int64)
+        order = np.argsort(-rows)
+        self.policy.admit(used[order], rows[order])
+        self.ahead.tell_policy()
+
+    @property
+    def foresees(self) -> bool:
+        """Whether the policy wants to know the batches to come."""
+        return self.strategy is EvictionStrategy.LOOKAHEAD
 
     @property
     def num_slots(self) -> int:
@@ -134,8 +160,10 @@ class RowCache:
             ValueError: an id is outside its table. CacheTooSmallError: the rows do not fit. Nothing was changed.
         """
         plan = self._plan(values, offsets, padding_ids)
+        if self.ahead.is_moving and self._needs_moves(plan.slot_of_unique.numpy()):
+            self.ahead.finish()
         slot_of_unique = self._admit(plan)
-        self._unpin_prefetched(slot_of_unique.numpy())
+        self._take_over(slot_of_unique.numpy())
         if counted:
             self._count(plan.counts, prefetching=False)
         return Lookup(plan.unique_of_position, slot_of_unique, offsets, self.table_rows.numel())
@@ -145,6 +173,7 @@ class RowCache:
 
         Raises as `prepare`; then the previous prefetch stays as it was.
         """
+        self.ahead.finish()
         plan = self._plan(values, offsets, padding_ids)
         planned = plan.slot_of_unique.numpy()
         newly_paid = planned < 0
@@ -172,6 +201,15 @@ class RowCache:
         self._unpin_prefetched(self._prefetched)
         self._prefetched = np.empty(0, np.int32)
 
+    def wanted_ids(
+        self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, kernels: Any
+    ) -> WantedIds:
+        """What `ahead` wants to know of a batch. Raises ValueError as `prepare`. kernels: of the thread that calls."""
+        wanted = kernels.distinct_ids(values, offsets, self.table_rows, self.table_starts, padding_ids)
+        if not isinstance(wanted, WantedIds):
+            raise self._bad_id(values, offsets, wanted)
+        return wanted
+
     def unpin(self, slots: torch.Tensor) -> None:
         """Takes one pin off each of `slots` (int32[n], unique)."""
         self.slots.num_pinned += self.kernels.add_pins(self.slots.pins, slots, -1)
@@ -182,17 +220,29 @@ class RowCache:
 
     def _plan(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> BatchPlan:
         plan = self.kernels.plan(values, offsets, self.table_rows, self.table_starts, padding_ids, self.slots)
-        if isinstance(plan, BatchPlan):
-            return plan
-        position = plan
+        if not isinstance(plan, BatchPlan):
+            raise self._bad_id(values, offsets, plan)
+        return plan
+
+    def _bad_id(self, values: torch.Tensor, offsets: torch.Tensor, position: int) -> ValueError:
         num_tables = self.table_rows.numel()
         bags_per_table = (offsets.numel() - 1) // num_tables
         table = int(torch.searchsorted(offsets[::bags_per_table].contiguous(), position, right=True)) - 1
         where = f" of table {table}" if num_tables > 1 else ""
-        raise ValueError(
+        return ValueError(
             f"id {int(values[position])} at position {position} is outside the valid range{where}: "
             f"0..{int(self.table_rows[table]) - 1}"
         )
+
+    def _needs_moves(self, slots: np.ndarray) -> bool:
+        """Whether a batch in `slots` (-1: missing) wants a record that is on its way, or will change the maps."""
+        return bool((slots < 0).any()) or bool(self.slots.marked(SlotTable.MOVING, slots).any())
+
+    def _touch(self, slots: np.ndarray) -> None:
+        """Tells the policy of rows that a batch uses; it has heard of those that were admitted ahead for it."""
+        if self._prefetched.size or self.ahead.is_holding:
+            slots = slots[~self.slots.marked(SlotTable.PREFETCHED | SlotTable.AHEAD, slots)]
+        self.policy.touch(slots)
 
     def _admit(self, plan: BatchPlan) -> torch.Tensor:
         """Plan, evict, write back, fetch, publish: int32[U] slots, each pinned once more. Unchanged if it raises.
@@ -207,10 +257,10 @@ class RowCache:
         self.slots.num_pinned += newly_pinned
         try:
             if not missing.size:
-                self.policy.touch(planned)
+                self._touch(planned)
                 return plan.slot_of_unique
             self._ensure_room(missing.size)
-            self.policy.touch(resident.numpy())
+            self._touch(resident.numpy())
             ids = plan.id_of_unique.numpy()[missing]
             rows = self.order.rows(ids)
             self._evict(missing.size - self.slots.num_free)
@@ -235,8 +285,7 @@ class RowCache:
 
     def _ensure_room(self, num_missing: int) -> None:
         """Grows the cache if free slots and unpinned rows are fewer than `num_missing`; the batch's hits are pinned."""
-        if self.prefetch_gives_way and self.slots.num_pinned + num_missing > self.ceiling:
-            self.end_prefetch()
+        self.ahead.make_room(num_missing)
         pinned = self.slots.num_pinned
         needed = pinned + num_missing
         if needed <= self.num_slots:
@@ -268,8 +317,7 @@ class RowCache:
         if count <= 0:
             return
         slots = self.slots
-        index = _Index(slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row)
-        victims = self.policy.evict(count, index)
+        victims = self.choose_victims(count)
         try:
             self._write_back(victims[slots.marked(SlotTable.DIRTY, victims)])
         except BaseException:
@@ -277,6 +325,12 @@ class RowCache:
             raise
         slots.evict(victims)
         self.stats.evictions += victims.size
+
+    def choose_victims(self, count: int) -> np.ndarray:
+        """The policy's choice of `count` slots without a pin, int32; it forgets them, the maps do not."""
+        slots = self.slots
+        index = _Index(slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row)
+        return self.policy.evict(count, index)
 
     def _write_back(self, dirty: np.ndarray) -> None:
         if not dirty.size:
@@ -290,6 +344,12 @@ class RowCache:
     def _mark_clean(self, slots: np.ndarray) -> None:
         """The store has the records in `slots`. A pinned one stays dirty: its gradient may yet be used, by hand."""
         self.slots.unmark(slots[self.slots.pins.numpy()[slots] == 0], SlotTable.DIRTY)
+
+    def _take_over(self, slots: np.ndarray) -> None:
+        """A batch uses `slots`: a prefetch's pins on them end, and what was counted for it is not counted again."""
+        self._unpin_prefetched(slots)
+        if self.ahead.is_holding:
+            self.slots.unmark(slots, SlotTable.PREPAID)
 
     def _unpin_prefetched(self, slots: np.ndarray) -> None:
         """Of `slots`, those that a prefetch holds lose that pin; they count as used from here on."""
@@ -307,6 +367,7 @@ class RowCache:
 
     def flush(self) -> None:
         """Writes every dirty row back; the rows stay resident. O(slots)."""
+        self.ahead.finish()
         self._write_back(np.flatnonzero(self.slots.marked(SlotTable.DIRTY)).astype(np.int32))
 
     def warm_up(self) -> None:
@@ -343,6 +404,7 @@ class RowCache:
 
     def read_ids(self, start: int, stop: int) -> torch.Tensor:
         """The newest records of ids start..stop-1 of the whole, (stop - start, W); a copy."""
+        self.ahead.finish()
         ids = np.arange(start, stop, dtype=np.int64)
         records = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
         places = torch.arange(stop - start)
@@ -354,6 +416,7 @@ class RowCache:
 
     def write_ids(self, start: int, records: torch.Tensor) -> None:
         """Sets the records of ids start.. to `records` (n, W), in the cache where resident, and in the store."""
+        self.ahead.finish()
         stop = start + records.shape[0]
         ids = np.arange(start, stop, dtype=np.int64)
         slots = self.slots.slot_of_id[start:stop] - 1
@@ -391,6 +454,7 @@ class RowCache:
                 f"state) pass max_cache_bytes={self.config.max_cache_bytes}: reserve the state from the start with the "
                 f"bag's optimizer= keyword, or raise max_cache_bytes to {self.ceiling * budget_row_bytes}"
             )
+        self.ahead.finish()
         store = self.store.spawn()
         store.allocate(self.num_rows, layout)
         old_layout, old_store = self.layout, self.store
@@ -402,14 +466,17 @@ class RowCache:
             store.write(rows, _converted(old, layout), places)
         self.layout, self.store, self.budget_row_bytes = layout, store, budget_row_bytes
         if ceiling != self.ceiling and not keep_slots:
+            self.ahead.let_go()
             self._start_empty(num_slots, ceiling)
             self.warm_up()
+            self.ahead.store_changed()
             return
         block = _untouched(self.ceiling, layout)
         used = (self.slots.id_of_slot >= 0).nonzero()[:, 0]
         for chunk in used.split(max(1, CHUNK_BYTES // layout.row_bytes)):
             block[chunk] = _converted(self.records[chunk], layout)
         self.records = block
+        self.ahead.store_changed()
 
     def reset_state(self) -> None:
         """Sets every state column of every row to its initial value."""
@@ -424,6 +491,7 @@ class RowCache:
         copy.__dict__.update(self.__dict__)
         copy.kernels = make_kernels(self.config.kernels)
         copy.stats = CacheStats(self.table_rows.numel())
+        copy.ahead = Ahead(copy)
         copy.store = self.store.spawn()
         copy.store.allocate(self.num_rows, self.layout)
         copy._start_empty(self.num_slots, self.ceiling)
@@ -446,7 +514,7 @@ class RowCache:
             "cache": self.num_slots * self.layout.row_bytes,
             "reserved": (self.ceiling - self.num_slots) * self.layout.row_bytes,
             "index": slots.pop("index") + policy.pop("index", 0),
-            "workspace": self.kernels.workspace_bytes(),
+            "workspace": self.kernels.workspace_bytes() + policy.pop("window", 0) + self.ahead.num_bytes(),
             "host_store": self.store.num_bytes(),
             "host_row_order": self.order.num_bytes(),
             **slots,
@@ -455,6 +523,7 @@ class RowCache:
 
     def check(self) -> None:
         """Asserts every invariant, I3 by value. For tests: O(rows)."""
+        self.ahead.finish()
         self.slots.check(self.order.row_of_id)
         self.policy.check(self.slots.row_of_slot.numpy())
         clean = ~torch.from_numpy(self.slots.marked(SlotTable.DIRTY)) & (self.slots.id_of_slot >= 0)

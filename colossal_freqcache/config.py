@@ -17,9 +17,8 @@ DEFAULT_GROWTH = 4
 
 SHARDINGS = ("column", "row", "table")
 
-_PLANNED = {
-    "window": "lookahead (knowing the ids of the next batches)",
-}
+# Batches whose ids are known ahead, and whose rows are admitted ahead, where a data loader is looked ahead in.
+DEFAULT_WINDOW, DEFAULT_DEPTH = 64, 1
 
 
 def _refuse(field: str, value: Any, allowed: str) -> None:
@@ -49,13 +48,11 @@ class FreqCacheConfig:
         store: "ram", or an object that implements `stores.RowStore`.
         kernels: "auto", "torch" or "cpu".
         sharding: how tables are divided over ranks: "column", "row" or "table"; None: "column".
-        window: planned; leave it out.
-        depth: batches whose rows are admitted ahead of training, 0 or 1 (more is planned); None: 1 where the ids of the
-            next batch can be known.
+        window: batches of a boosted data loader whose ids are known ahead (see Lookahead); None: 64; 0: no lookahead.
+        depth: of these, batches whose rows are admitted ahead of training; None: 1. At most `window`.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
-        NotImplementedError: for a setting of a planned feature.
     """
 
     cache_ratio: float | None = None
@@ -87,18 +84,13 @@ class FreqCacheConfig:
             _refuse("warmup_ratio", self.warmup_ratio, "a share of the slots in [0, 1]")
         if self.sharding is not None and self.sharding not in SHARDINGS:
             _refuse("sharding", self.sharding, f"one of {', '.join(map(repr, SHARDINGS))}")
-        if self.depth is not None and (not _is_int(self.depth) or self.depth < 0):
-            _refuse("depth", self.depth, "a number of batches, 0 or 1")
-        if self.depth is not None and self.depth > 1:
-            raise NotImplementedError(
-                f"depth={self.depth!r}: admitting the rows of more than one batch ahead is planned, not built yet; "
-                f"use 1, or 0 for none"
-            )
-        for field, feature in _PLANNED.items():
-            if getattr(self, field) is not None:
-                raise NotImplementedError(
-                    f"{field}={getattr(self, field)!r}: {feature} is planned, not built yet; leave it out"
-                )
+        for field in ("window", "depth"):
+            value = getattr(self, field)
+            if value is not None and (not _is_int(value) or value < 0):
+                _refuse(field, value, "a number of batches, at least 0")
+        window, depth = self.window_and_depth()
+        if depth > window:
+            _refuse("depth", depth, f"at most window={window}, the batches whose ids are known")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "freq_cache") -> "FreqCacheConfig":
@@ -118,6 +110,11 @@ class FreqCacheConfig:
                 f"known are {', '.join(known)}"
             )
         return cls(**settings)
+
+    def window_and_depth(self) -> tuple[int, int]:
+        """(batches known ahead, batches admitted ahead)."""
+        window = DEFAULT_WINDOW if self.window is None else int(self.window)
+        return window, min(DEFAULT_DEPTH, window) if self.depth is None else int(self.depth)
 
     def bag_keywords(self) -> dict[str, Any]:
         """The settings that a bag's constructor takes, those that are set."""

@@ -5,6 +5,7 @@ Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weigh
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from copy import copy as shallow_copy
 from copy import deepcopy
 from numbers import Integral
@@ -18,7 +19,9 @@ from torch.autograd.function import once_differentiable
 from .block import CachedWeight, Token, plain_mode
 from .cache import Lookup, RowCache
 from .config import FreqCacheConfig
+from .eviction import EvictionStrategy
 from .frequency import as_counts
+from .kernels import make_kernels
 from .metrics import CacheStats
 from .placement import Placement
 from .row_layout import RowLayout
@@ -42,6 +45,7 @@ class _CachedBags(nn.Module):
     """T tables of one width over one RowCache: what both public classes share. They differ in the shapes in and out."""
 
     _graph_input: torch.Tensor | None = None  # what autograd sees in the Parameter's place: hooks may stand between
+    _looks_ahead: object = None  # the iteration of a Lookahead that says what comes next
 
     def __init__(
         self,
@@ -280,6 +284,67 @@ class _CachedBags(nn.Module):
         with self._cached_weight.lock, plain_mode():
             self._placement.together(prefetch)
 
+    # ---- the batches to come: for Lookahead -----------------------------------------------------------------------
+
+    def _ahead_batch(self, *arguments: torch.Tensor) -> _Batch:
+        """What this module's cache will be asked for by a forward of these arguments (without per_sample_weights)."""
+        raise NotImplementedError
+
+    def _look_ahead(self, who: object) -> None:
+        """From here on `who` says what comes next; whoever did before is refused."""
+
+        def begin() -> None:
+            self._cache.ahead.end()
+            if self._cache.config.evict_strategy is None and not self._cache.foresees:
+                self._cache.renew_policy(EvictionStrategy.LOOKAHEAD)
+
+        with self._cached_weight.lock, plain_mode():
+            self._placement.together(begin)
+        self._looks_ahead = who
+        self._ahead_kernels = make_kernels(self._cache.config.kernels)  # of another thread, with a workspace of its own
+
+    def _wanted_ids(self, arguments: Sequence[torch.Tensor], executor: Executor) -> Future:
+        """The distinct ids of a later forward's arguments, as a WantedIds to come; no arguments: none."""
+        with plain_mode():
+            batch = self._ahead_batch(*arguments) if arguments else self._no_batch()
+        return executor.submit(
+            self._cache.wanted_ids, batch.values, batch.offsets, self._padding_ids, self._ahead_kernels
+        )
+
+    def _no_batch(self) -> _Batch:
+        return _Batch(
+            torch.zeros(0, dtype=torch.int64), torch.zeros(self._padding_ids.numel() + 1, dtype=torch.int64), None
+        )
+
+    def _announce(self, who: object, wanted: Future) -> None:
+        self._check_looks_ahead(who)
+        with self._cached_weight.lock, plain_mode():
+            self._cache.ahead.announce(wanted.result())
+
+    def _hand_out(self, who: object, depth: int) -> None:
+        """The next announced batch is about to be trained on; the `depth` behind it are admitted."""
+        self._check_looks_ahead(who)
+
+        def hand_out() -> None:
+            self._cached_weight.settle()
+            self._cache.ahead.hand_out(depth)
+
+        with self._cached_weight.lock, plain_mode():
+            self._placement.together(hand_out)
+
+    def _end_look_ahead(self, who: object) -> None:
+        if self._looks_ahead is who:
+            self._looks_ahead = None
+            with self._cached_weight.lock, plain_mode():
+                self._cache.ahead.end()
+
+    def _check_looks_ahead(self, who: object) -> None:
+        if self._looks_ahead is not who:
+            raise RuntimeError(
+                "another Lookahead (or another iteration of this one) has begun to look ahead for the same tables: "
+                "iterate over one at a time"
+            )
+
     # ---- cache --------------------------------------------------------------------------------------------------
 
     @property
@@ -403,7 +468,7 @@ class _CachedBags(nn.Module):
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         nn.Module.__init__(copy)
-        own = ("_cache", "_cached_weight", "_placement", "_parameters")
+        own = ("_cache", "_cached_weight", "_placement", "_parameters", "_looks_ahead", "_ahead_kernels")
         copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own})
         with plain_mode():
             weight.settle()
@@ -563,9 +628,9 @@ class FreqAwareEmbeddingBag(_CachedBags):
         Those of an earlier prefetch that no forward has used are given up. Takes what `forward` takes; a 1-D input
         needs no offsets. A miss is counted here, and not again in the forward.
         """
-        self._prefetch(self._prefetch_batch(input, offsets))
+        self._prefetch(self._ahead_batch(input, offsets))
 
-    def _prefetch_batch(self, input: torch.Tensor, offsets: torch.Tensor | None) -> _Batch:
+    def _ahead_batch(self, input: torch.Tensor, offsets: torch.Tensor | None = None) -> _Batch:
         _check_integers("input", input)
         if offsets is None and input.dim() == 1:
             offsets = torch.zeros(1 + self.include_last_offset, dtype=torch.int64)
@@ -711,7 +776,10 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor) -> None:
         """As FreqAwareEmbeddingBag.prefetch; `values` and `offsets` as in `forward`."""
-        self._prefetch(self._batch(values, offsets, None))
+        self._prefetch(self._ahead_batch(values, offsets))
+
+    def _ahead_batch(self, values: torch.Tensor, offsets: torch.Tensor) -> _Batch:
+        return self._batch(values, offsets, None)
 
     def logical_weight(self, table: int) -> torch.Tensor:
         """Table `table` (rows, D) in id order, newest values; a copy."""

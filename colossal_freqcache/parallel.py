@@ -582,9 +582,9 @@ class _Sharded:
         pooling = _RowPooling(self._cache.kernels, self.mode, plan.sent, len(self._placement.table_sizes), divisors)
         return _PoolRows.apply(rows, batch.weights, pooling)
 
-    def _sharded_prefetch(self, make_batch: Callable[[], Batch]) -> None:
-        plan = self._agree_on(make_batch)
-        self._prefetch(self._exchange_bags(plan) if self._placement.pools else self._exchange_requests(plan))
+    def _ahead_batch(self, *arguments: torch.Tensor) -> Batch:
+        plan = self._agree_on(lambda: super(_Sharded, self)._ahead_batch(*arguments))
+        return self._exchange_bags(plan) if self._placement.pools else self._exchange_requests(plan)
 
     def _agree_on(self, make_batch: Callable[[], Batch]) -> _Plan:
         """Checks this rank's share and learns of the others'; raises on all ranks or on none."""
@@ -940,10 +940,6 @@ class ShardedFreqAwareEmbeddingBag(_Sharded, FreqAwareEmbeddingBag):
         """Pooled rows (B, D) of this rank's B bags; arguments as in FreqAwareEmbeddingBag.forward."""
         return self._sharded_lookup(lambda: self._batch(input, offsets, per_sample_weights))[:, 0]
 
-    def prefetch(self, input: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
-        """As FreqAwareEmbeddingBag.prefetch, for the shares of all ranks."""
-        self._sharded_prefetch(lambda: self._prefetch_batch(input, offsets))
-
     def extra_repr(self) -> str:
         """As for the whole bag, and this rank's part."""
         return f"{super().extra_repr()}, sharding={self.sharding!r}, rank={self._ranks.rank} of {self._ranks.size}"
@@ -982,10 +978,6 @@ class ShardedFreqAwareEmbeddingBagCollection(_Sharded, FreqAwareEmbeddingBagColl
     ) -> torch.Tensor:
         """Pooled rows (B, T, D) of this rank's bags; arguments as in FreqAwareEmbeddingBagCollection.forward."""
         return self._sharded_lookup(lambda: self._batch(values, offsets, per_sample_weights))
-
-    def prefetch(self, values: torch.Tensor, offsets: torch.Tensor) -> None:
-        """As FreqAwareEmbeddingBagCollection.prefetch, for the shares of all ranks."""
-        self._sharded_prefetch(lambda: self._batch(values, offsets, None))
 
     def extra_repr(self) -> str:
         """As for the whole collection, and this rank's part."""

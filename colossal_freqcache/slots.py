@@ -20,18 +20,19 @@ class SlotTable:
         slot_of_id: int32[R], slot + 1, 0 where the row is not resident.
         id_of_slot, row_of_slot: int32[C] (int64 from 2**31 rows on), FREE where empty; one array where row == id.
         marks: uint8[C], bits: DIRTY, the slot's record may differ from the store's; PREFETCHED, one of the pins is a
-            prefetch's; PREPAID, a prefetch admitted the row and counted its misses, and no forward has used it yet.
+            prefetch's; AHEAD, some are of batches admitted ahead; PREPAID, one of those two admitted the row and
+            counted its misses, and no forward has used it yet; MOVING, its record is on its way from the store.
         pins: int32[C], how many holders need the slot's row to stay (forwards that run, tokens, prefetches).
         unique_of_slot: int32[C], scratch of `Kernels.plan`.
         num_slots, num_used, num_pinned: C, slots that hold a row, slots with pins > 0.
     """
 
-    DIRTY, PREFETCHED, PREPAID = np.uint8(1), np.uint8(2), np.uint8(4)
+    DIRTY, PREFETCHED, PREPAID, AHEAD, MOVING = map(np.uint8, (1, 2, 4, 8, 16))
 
     # I1  row_of_slot[s] == r and id_of_slot[s] == i  <=>  slot_of_id[i] == s + 1 and row_of_id[i] == r
     # I2  marks[s] != 0 or pins[s] > 0                 =>   row_of_slot[s] != FREE
-    # I3  the newest value of a row is in its slot if it has one, else in the store
-    # I4  PREPAID => PREFETCHED => pins[s] > 0
+    # I3  the newest value of a row is in its slot if it has one, else in the store; while MOVING, in the store alone
+    # I4  PREPAID or MOVING => PREFETCHED or AHEAD => pins[s] > 0
 
     def __init__(self, num_slots: int, num_rows: int, rows_are_ids: bool) -> None:
         self.num_rows = num_rows
@@ -68,9 +69,9 @@ class SlotTable:
         """Clears bits of `slots` (unique)."""
         self.marks.numpy()[slots] &= np.uint8(~bits & 0xFF)
 
-    def marked(self, bit: np.uint8, slots: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Which of `slots` (default: all, O(C)) have a bit, bool."""
-        return (self.marks.numpy()[slots] & bit) != 0
+    def marked(self, bits: np.uint8, slots: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Which of `slots` (default: all, O(C)) have one of the bits, bool."""
+        return (self.marks.numpy()[slots] & bits) != 0
 
     @property
     def num_free(self) -> int:
@@ -90,6 +91,10 @@ class SlotTable:
     def give_back(self, slots: np.ndarray) -> None:
         """Undoes `take_free`."""
         self._returned = np.concatenate([self._returned, slots])
+
+    def take_back(self, slots: np.ndarray) -> None:
+        """Free slots are about to get the rows back that they were taken from. They stay free until `admit`."""
+        self._returned = self._returned[~np.isin(self._returned, slots)]
 
     def admit(self, ids: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
         """Row rows[i] of ids[i] now sits, clean, in the free slot slots[i]."""
@@ -129,7 +134,7 @@ class SlotTable:
         free = ids == FREE
         assert not self.marks.numpy()[free].any() and not self.pins.numpy()[free].any(), "I2"
         assert (self.pins.numpy() >= 0).all() and np.count_nonzero(self.pins.numpy()) == self.num_pinned
-        prefetched, prepaid = self.marked(self.PREFETCHED), self.marked(self.PREPAID)
-        assert (prefetched >= prepaid).all() and (self.pins.numpy() >= prefetched).all(), "I4"
+        held = self.marked(self.PREFETCHED | self.AHEAD)
+        assert (held >= self.marked(self.PREPAID | self.MOVING)).all() and (self.pins.numpy() >= held).all(), "I4"
         assert self._returned.size + self.num_slots - self._fresh == self.num_free
         assert free[self._returned].all() and free[self._fresh :].all()

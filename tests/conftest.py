@@ -15,7 +15,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 torch.set_num_threads(1)
 
 KERNEL_SETS = ("cpu", "torch")
-POLICIES = ("dataset", "lfu", "lru", "s3fifo")
+POLICIES = ("dataset", "lfu", "lru", "s3fifo", "lookahead")
 OPTIMIZERS = ("SGD", "Adagrad", "RowWiseAdagrad", "Adam")
 
 

@@ -17,12 +17,10 @@ import pytest
 import torch
 from worlds import DIM, NUM_ROWS, assert_same_bits, counts, loss_of, make_bag, make_optimizer, skewed_ids
 
-import colossal_freqcache
 from colossal_freqcache import (
     CacheTooSmallError,
     FreqAwareEmbeddingBag,
     FreqAwareEmbeddingBagCollection,
-    FreqCacheConfig,
     IdFrequency,
 )
 
@@ -326,7 +324,7 @@ SETTINGS = {
     "no bytes": ({"max_cache_bytes": 0}, ["max_cache_bytes=0"]),
     "less than a row": ({"max_cache_bytes": DIM * 4 - 1}, [f"max_cache_bytes={DIM * 4 - 1}", f"{DIM * 4} bytes"]),
     "warmup above 1": ({"warmup_ratio": 1.1}, ["warmup_ratio=1.1", "[0, 1]"]),
-    "unknown policy": ({"evict_strategy": "mru"}, ["'mru'", '"dataset"', '"lfu"', '"lru"', '"s3fifo"', "planned"]),
+    "unknown policy": ({"evict_strategy": "mru"}, ["'mru'", '"dataset"', '"lfu"', '"lru"', '"s3fifo"', '"lookahead"']),
     "policy of no name": ({"evict_strategy": 3}, ["3", '"dataset"']),
     "unknown store": ({"store": "disk"}, ["store='disk'", '"ram"']),
     "a store that is none": ({"store": object()}, ["store=", '"ram"', "RowStore"]),
@@ -420,7 +418,6 @@ def test_damaged_frequency_file(tmp_path):
 
 PLANNED = {
     "a file on disk": ({"store": "mmap:/nowhere/table"}, "mmap:.*planned"),
-    "lookahead": ({"evict_strategy": "lookahead"}, "lookahead.*planned"),
     "GPU kernels": ({"kernels": "cuda"}, "cuda.*planned"),
     "a GPU": ({"device": "cuda"}, "cuda.*planned"),
 }
@@ -433,22 +430,6 @@ def test_planned_features_say_so(name):
         FreqAwareEmbeddingBag(10, 2, **options)
     with pytest.raises(NotImplementedError, match=message):
         FreqAwareEmbeddingBagCollection([10], 2, **options)
-
-
-@pytest.mark.parametrize(("field", "value"), [("window", 64), ("depth", 2)])
-def test_planned_settings_say_so(field, value):
-    with pytest.raises(NotImplementedError, match=f"{field}={value!r}.*planned"):
-        FreqCacheConfig(**{field: value})
-
-
-@pytest.mark.parametrize("name", ["Lookahead"])
-def test_planned_names_say_so(name):
-    """`from colossal_freqcache import Lookahead` names the feature; a name that nobody plans is an ordinary error."""
-    with pytest.raises(NotImplementedError, match=f"{name}.*planned"):
-        getattr(colossal_freqcache, name)
-    with pytest.raises(NotImplementedError, match=f"{name}.*planned"):
-        exec(f"from colossal_freqcache import {name}")
-    assert not hasattr(colossal_freqcache, f"{name}2")
 
 
 def test_moves_and_casts_that_are_planned_or_impossible_leave_the_bag_alone():

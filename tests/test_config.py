@@ -121,13 +121,22 @@ def test_an_unknown_setting_is_an_error():
         FreqCacheConfig(cache_rate=0.1)
 
 
-@pytest.mark.parametrize("field", ["window", "depth"])
-def test_planned_settings_are_named(field):
-    with pytest.raises(NotImplementedError, match=f"{field}=3.*planned"):
-        FreqCacheConfig(**{field: 3})
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, (64, 1)), ({"window": 0}, (0, 0)), ({"window": 16, "depth": 4}, (16, 4)), ({"depth": 0}, (64, 0))],
+)
+def test_what_is_known_and_admitted_ahead(settings, expected):
+    assert FreqCacheConfig(**settings).window_and_depth() == expected
 
 
-@pytest.mark.parametrize(("field", "value"), [("sharding", "diagonal"), ("depth", -1), ("depth", True)])
+def test_no_more_is_admitted_ahead_than_known():
+    with pytest.raises(ValueError, match="depth=3 is not allowed: at most window=2"):
+        FreqCacheConfig(window=2, depth=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("sharding", "diagonal"), ("depth", -1), ("depth", True), ("window", -1), ("window", 1.5)]
+)
 def test_settings_of_several_ranks_are_checked(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r} is not allowed"):
         FreqCacheConfig(**{field: value})

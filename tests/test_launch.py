@@ -174,7 +174,7 @@ def config_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
 
     def make(sharding="column", **settings):
-        section = dict(cache_ratio=0.04, evict_strategy="dataset", optimizer="adagrad", sharding=sharding, depth=0)
+        section = dict(cache_ratio=0.04, evict_strategy="dataset", optimizer="adagrad", sharding=sharding, window=0)
         section.update(settings)
         path = folder / f"config{len(list(folder.iterdir()))}.py"
         path.write_text(
@@ -214,11 +214,11 @@ def test_one_launched_process_gives_the_digits_of_one_without_a_launcher(config_
 
 
 @pytest.mark.slow
-def test_prefetching_changes_no_digit(config_of, one_process):
-    """depth=1: the next batch's rows are admitted ahead, where they fit: other hits, the same values."""
-    ahead = result_of(torchrun(1, "--config", config_of(depth=1)))
+def test_looking_ahead_changes_no_digit(config_of, one_process):
+    """The next batches are known, and the next one's rows are admitted ahead: other hits, the same values."""
+    ahead = result_of(torchrun(1, "--config", config_of(window=16, depth=1)))
     assert ahead[:2] == one_process[:2]
-    assert ahead[2] != one_process[2], "nothing was prefetched"
+    assert ahead[2] != one_process[2], "nothing was admitted ahead"
 
 
 @pytest.mark.slow

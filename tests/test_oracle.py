@@ -1,12 +1,13 @@
 """Random traces against an oracle of forty plain lines. `pytest tests/test_oracle.py`
 
-Proves: whatever the order of forwards, held graphs, dropped graphs, backwards, steps, evaluations, prefetches, flushes
-and loads, every output and the whole table equal those of a plain table, and every invariant (`check()`) holds.
+Proves: whatever the order of forwards, held graphs, dropped graphs, backwards, steps, evaluations, prefetches, batches
+announced and admitted ahead, flushes and loads, every output and the whole table equal those of a plain table, and every invariant (`check()`) holds.
 Weights and gradients are small integers in float64 and lr is 1, so all sums are exact and equality is the right test.
 """
 
 import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import pytest
@@ -17,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from colossal_freqcache import CacheTooSmallError, FreqAwareEmbeddingBag, optim
 
 NUM_ROWS, DIM, NUM_SLOTS, CEILING = 12, 2, 4, 6
-POLICIES = ("dataset", "lfu", "lru", "s3fifo")
+POLICIES = ("dataset", "lfu", "lru", "s3fifo", "lookahead")
 
 MAX_EXAMPLES = 150
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate, hypothesis.Phase.shrink)
@@ -74,6 +75,7 @@ class CacheAgainstOracle(RuleBasedStateMachine):
         self.oracle = Oracle(table)
         self.held = []  # (bags, output) of forwards that wait for their backward
         self.stepped = False  # the gradient was stepped and not cleared
+        self.bag._look_ahead(self)
 
     def lookup(self, bags):
         """The output, or None where the rows that are needed at once really do not fit."""
@@ -111,6 +113,24 @@ class CacheAgainstOracle(RuleBasedStateMachine):
             self.bag.prefetch(torch.tensor([one for ids in bags for one in ids], dtype=torch.int64))
         except CacheTooSmallError:
             pass
+
+    @rule(bags=bags_of_ids)
+    def announce(self, bags):
+        """A batch that a Lookahead has pulled; whether it is ever forwarded is left open."""
+        values = torch.tensor([one for ids in bags for one in ids], dtype=torch.int64)
+        with ThreadPoolExecutor(1) as executor:
+            wanted = self.bag._wanted_ids((values, torch.zeros(1, dtype=torch.int64)), executor)
+        self.bag._announce(self, wanted)
+
+    @precondition(lambda self: self.bag._cache.ahead.num_announced)
+    @rule(depth=st.integers(0, 2))
+    def hand_out(self, depth):
+        self.bag._hand_out(self, depth)
+
+    @rule()
+    def look_ahead_anew(self):
+        self.bag._end_look_ahead(self)
+        self.bag._look_ahead(self)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), scale=st.integers(-2, 2))
@@ -181,6 +201,7 @@ def test_random_traces():
     CacheAgainstOracle.evictions = 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*it grows to.*")  # traces grow the cache from 4 to 6 slots
+        warnings.filterwarnings("ignore", message="the rows of the next batch do not fit")
         hypothesis.stateful.run_state_machine_as_test(
             CacheAgainstOracle,
             settings=hypothesis.settings(

@@ -54,7 +54,7 @@ def test_equal_shares_in_closed_form():
     ranks, bags, ids, tables, dim = 8, 100, 300, 16, 32
     share = scaling.Share(ranks, bags, bags * (ranks - 1), ids, tables, dim)
     pooled = 2 * tables * bags * dim * 4 * (ranks - 1) // ranks
-    headers = (8 * (4 + ranks) + 1) * (ranks - 1)
+    headers = (8 * (4 + ranks) + 2) * (ranks - 1)
     assert scaling.column_sent(share, dim // ranks, updated_rows=50) == {
         "ids": (tables * bags + ids) * 4 * (ranks - 1),
         "rows": pooled,

@@ -17,6 +17,7 @@ import numpy as np
 
 from .dataset import DatasetPolicy
 from .lfu import LfuPolicy
+from .lookahead import LookaheadPolicy
 from .lru import LruPolicy
 from .s3fifo import S3FifoPolicy
 
@@ -70,21 +71,13 @@ class EvictionStrategy(str, Enum):  # noqa: UP042 (StrEnum would change str() an
     def parse(cls, value: str | EvictionStrategy) -> EvictionStrategy:
         """The member that `value` is or names, in any case.
 
-        Raises ValueError with the choices for an unknown name, NotImplementedError for a planned one.
+        Raises ValueError with the choices for an unknown name.
         """
         try:
-            strategy = cls(value.lower())
+            return cls(value.lower())
         except (AttributeError, ValueError):
-            choices = ", ".join(f'"{known.value}"' for known in _POLICIES)
-            planned = ", ".join(f'"{known.value}"' for known in cls if known not in _POLICIES)
-            raise ValueError(
-                f"unknown evict_strategy {value!r}: choose one of {choices} ({planned} is planned)"
-            ) from None
-        if strategy not in _POLICIES:
-            raise NotImplementedError(
-                f'evict_strategy="{strategy.value}": {strategy.value} eviction is planned, not built yet'
-            )
-        return strategy
+            choices = ", ".join(f'"{known.value}"' for known in cls)
+            raise ValueError(f"unknown evict_strategy {value!r}: choose one of {choices}") from None
 
 
 _POLICIES: dict[EvictionStrategy, type] = {
@@ -92,9 +85,18 @@ _POLICIES: dict[EvictionStrategy, type] = {
     EvictionStrategy.LFU: LfuPolicy,
     EvictionStrategy.LRU: LruPolicy,
     EvictionStrategy.S3FIFO: S3FifoPolicy,
+    EvictionStrategy.LOOKAHEAD: LookaheadPolicy,
 }
 
 
-def make_policy(strategy: str | EvictionStrategy, num_slots: int, num_rows: int) -> EvictionPolicy:
-    """An empty policy for a cache of `num_slots` slots over a table of `num_rows` rows; errors as in `parse`."""
-    return _POLICIES[EvictionStrategy.parse(strategy)](num_slots, num_rows)
+def make_policy(
+    strategy: str | EvictionStrategy, num_slots: int, num_rows: int, counts_of_row: np.ndarray | None = None
+) -> EvictionPolicy:
+    """An empty policy for a cache of `num_slots` slots over a table of `num_rows` rows; errors as in `parse`.
+
+    counts_of_row: accesses of each row in the data set (R,), descending, where they are known; "lookahead" uses them.
+    """
+    strategy = EvictionStrategy.parse(strategy)
+    if strategy is EvictionStrategy.LOOKAHEAD:
+        return LookaheadPolicy(num_slots, num_rows, counts_of_row)
+    return _POLICIES[strategy](num_slots, num_rows)

@@ -23,12 +23,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import optim
 from ..config import FreqCacheConfig
+from ..lookahead import Lookahead
 from ..row_rules import make_rule
 from ..step_hooks import bind_blocks, check_optimizer, rule_name_of
 from .bags import cached_modules, check_group, ignore_in_ddp
 from .checkpoint_io import FreqCacheCheckpointIO
 from .config_files import load_config
-from .dataloader import PrefetchingLoader
 from .op_hook import FreqCacheOpHook
 from .policy import FreqCachePolicy
 
@@ -124,7 +124,8 @@ class FreqCachePlugin(TorchDDPPlugin):
     Args:
         config: FreqCacheConfig, or what `load_config` takes.
         ids: fn(batch) -> what the forward of the model's one table module takes (a tensor or a tuple), or {module name:
-            that}; the loader that is boosted then tells the cache the next batch. Without: no prefetch, one warning.
+            that}; the loader that is boosted is then a Lookahead of the config's window (64 by default) and depth (1).
+            Without: it is left as it is, with one warning.
         pattern, min_rows, counts: as in FreqCachePolicy.
         ddp_options: keywords of TorchDDPPlugin.
 
@@ -178,7 +179,7 @@ class FreqCachePlugin(TorchDDPPlugin):
         if optimizer is not None:
             optimizer = FreqCacheOptimizer(optimizer, model)
         if dataloader is not None:
-            dataloader = self._wrapped(dataloader, model, hook)
+            dataloader = self._wrapped(dataloader, model)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
     def _check_optimizer_fits(self, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -200,17 +201,18 @@ class FreqCachePlugin(TorchDDPPlugin):
         for name, module in cached_modules(model).items():
             check_group(name, module, self.world_size, "share")
 
-    def _wrapped(self, dataloader: Any, model: FreqCacheModel, hook: FreqCacheOpHook) -> Any:
-        if self.config.depth == 0:
+    def _wrapped(self, dataloader: Any, model: FreqCacheModel) -> Any:
+        window, depth = self.config.window_and_depth()
+        if window == 0:
             return dataloader
         if self.ids is None:
             warnings.warn(
-                "FreqCachePlugin has no `ids` function, so the next batch's rows are not prefetched; give "
-                "ids=fn(batch) -> what the table's forward takes, or depth=0",
+                "FreqCachePlugin has no `ids` function, so the coming batches' ids are not known to the cache; give "
+                "ids=fn(batch) -> what the table's forward takes, or window=0 for none",
                 stacklevel=2,
             )
             return dataloader
-        return PrefetchingLoader(dataloader, cached_modules(model.unwrap()), self.ids, hook)
+        return Lookahead(dataloader, model.unwrap(), self.ids, window, depth)
 
     def get_checkpoint_io(self) -> CheckpointIO:
         """Tables by colossal_freqcache.checkpoint, the dense part by Colossal-AI's own io."""

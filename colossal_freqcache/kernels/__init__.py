@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "make_kernels"]
+__all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "WantedIds", "make_kernels"]
 
 KERNEL_SETS = ("cpu", "torch")
 
@@ -29,6 +29,17 @@ class BatchPlan(NamedTuple):
     counts: torch.Tensor
 
 
+class WantedIds(NamedTuple):
+    """The distinct ids of a batch, wherever their rows are; numbered as in BatchPlan, so table after table.
+
+    ids: int64[U], over all tables. counts: int64[U], positions of each. table_ends: int64[T+1], of tables in `ids`.
+    """
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+    table_ends: torch.Tensor
+
+
 class Kernels(Protocol):
     """The whole surface of a kernel set. All index arguments are tensors on the host of a CPU cache."""
 
@@ -36,6 +47,9 @@ class Kernels(Protocol):
 
     def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots) -> BatchPlan | int:
         """Looks a batch up. values int64[N] local ids, offsets int64[T*B+1]; an int is the first bad position."""
+
+    def distinct_ids(self, values, offsets, table_rows, table_starts, padding_ids) -> WantedIds | int:
+        """What of `plan` depends on the batch alone; an int is the first bad position."""
 
     def add_pins(self, in_use, slots, delta) -> int:
         """in_use[slots] += delta (slots unique); returns by how much the number of slots in use changed."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from . import BatchPlan
+from . import BatchPlan, WantedIds
 
 __all__ = ["CpuKernels"]
 
@@ -100,6 +100,54 @@ def _plan(
         counts[t, 2] = missed_unique
         counts[t, 3] = counted_before
     return num_unique, -1
+
+
+@njit(cache=True, nogil=True)
+def _distinct_ids(
+    values,
+    offsets,
+    table_rows,
+    table_starts,
+    padding_ids,
+    bags_per_table,
+    seen_id,
+    seen_unique,
+    seen_stamp,
+    stamp,
+    ids,
+    counts,
+    table_ends,
+):
+    """Fills the three outputs of WantedIds, by the table of `_plan`'s misses; returns the first bad position or -1."""
+    num_unique = 0
+    shift = np.uint64(64)
+    size = seen_id.size
+    while size > 1:
+        shift -= np.uint64(1)
+        size >>= 1
+    last = seen_id.size - 1
+    for t in range(table_rows.size):
+        for i in range(offsets[t * bags_per_table], offsets[(t + 1) * bags_per_table]):
+            local = values[i]
+            if local < 0 or local >= table_rows[t]:
+                return i
+            if local == padding_ids[t]:
+                continue
+            identity = table_starts[t] + local
+            place = np.int64((np.uint64(identity) * _HASH_MULTIPLIER) >> shift) & last
+            while seen_stamp[place] == stamp and seen_id[place] != identity:
+                place = (place + 1) & last
+            if seen_stamp[place] == stamp:
+                counts[seen_unique[place]] += 1
+            else:
+                seen_stamp[place] = stamp
+                seen_id[place] = identity
+                seen_unique[place] = num_unique
+                ids[num_unique] = identity
+                counts[num_unique] = 1
+                num_unique += 1
+        table_ends[t + 1] = num_unique
+    return -1
 
 
 @njit(cache=True, nogil=True)
@@ -364,14 +412,17 @@ class CpuKernels:
         """Bytes that depend on the largest batch seen."""
         return self._miss_id.nbytes + self._miss_unique.nbytes + self._miss_stamp.nbytes
 
-    def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots):
-        num_positions = values.numel()
+    def _clear_miss_table(self, num_positions: int) -> None:
         if 2 * num_positions > self._miss_id.size:
             self._resize_miss_table(1 << (2 * num_positions - 1).bit_length())
         if self._stamp == np.iinfo(np.int32).max:
             self._stamp = 0
             self._miss_stamp[:] = 0
         self._stamp += 1
+
+    def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots):
+        num_positions = values.numel()
+        self._clear_miss_table(num_positions)
         unique_of_position = np.empty(num_positions, np.int32)
         slot_of_unique = np.empty(num_positions, np.int32)
         id_of_unique = np.empty(num_positions, np.int64)
@@ -405,6 +456,31 @@ class CpuKernels:
             torch.from_numpy(id_of_unique[:num_unique].copy()),
             torch.from_numpy(counts),
         )
+
+    def distinct_ids(self, values, offsets, table_rows, table_starts, padding_ids):
+        num_positions = values.numel()
+        self._clear_miss_table(num_positions)
+        ids, counts = np.empty(num_positions, np.int64), np.empty(num_positions, np.int64)
+        table_ends = np.zeros(table_rows.numel() + 1, np.int64)
+        bad_position = _distinct_ids(
+            values.numpy(),
+            offsets.numpy(),
+            table_rows.numpy(),
+            table_starts.numpy(),
+            padding_ids.numpy(),
+            (offsets.numel() - 1) // table_rows.numel(),
+            self._miss_id,
+            self._miss_unique,
+            self._miss_stamp,
+            self._stamp,
+            ids,
+            counts,
+            table_ends,
+        )
+        if bad_position >= 0:
+            return int(bad_position)
+        num_unique = table_ends[-1]
+        return WantedIds(*map(torch.from_numpy, (ids[:num_unique].copy(), counts[:num_unique].copy(), table_ends)))
 
     def add_pins(self, in_use, slots, delta):
         return int(_add_pins(in_use.numpy(), slots.numpy(), np.int32(delta)))

@@ -7,7 +7,7 @@ Shapes as in `kernels`.
 
 import torch
 
-from . import BatchPlan
+from . import BatchPlan, WantedIds
 
 __all__ = ["TorchKernels"]
 
@@ -23,18 +23,10 @@ class TorchKernels:
 
     def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots):
         num_tables = table_rows.numel()
-        table = torch.repeat_interleave(torch.arange(num_tables), _positions_per_table(offsets, num_tables))
-        bad = (values < 0) | (values >= table_rows[table])
-        if bad.any():
-            return int(bad.nonzero()[0, 0])
-        kept = values != padding_ids[table]
-        ids, table = (table_starts[table] + values)[kept], table[kept]
-        # torch.unique numbers by value; number by first occurrence instead.
-        sorted_ids, number = torch.unique(ids, return_inverse=True)
-        first = torch.full((sorted_ids.numel(),), ids.numel()).scatter_reduce(
-            0, number, torch.arange(ids.numel()), "amin"
-        )
-        order = torch.argsort(first)
+        found = _distinct(values, offsets, table_rows, table_starts, padding_ids)
+        if isinstance(found, int):
+            return found
+        kept, table, sorted_ids, number, first, order = found
         place = torch.empty_like(order)
         place[order] = torch.arange(order.numel())
         unique_of_position = torch.full((values.numel(),), -1, dtype=torch.int32)
@@ -51,6 +43,16 @@ class TorchKernels:
             torch.bincount(table[prepaid], minlength=num_tables),
         ]
         return BatchPlan(unique_of_position, slot_of_unique, id_of_unique, torch.stack(counts, 1))
+
+    def distinct_ids(self, values, offsets, table_rows, table_starts, padding_ids):
+        found = _distinct(values, offsets, table_rows, table_starts, padding_ids)
+        if isinstance(found, int):
+            return found
+        _, table, sorted_ids, number, first, order = found
+        counts = torch.bincount(number, minlength=order.numel())[order]
+        per_table = torch.bincount(table[first], minlength=table_rows.numel())
+        ends = torch.cat([per_table.new_zeros(1), per_table.cumsum(0)])
+        return WantedIds(sorted_ids[order], counts, ends)
 
     def add_pins(self, in_use, slots, delta):
         slots = slots.long()
@@ -158,6 +160,22 @@ class TorchKernels:
         records[slots, dim : 2 * dim] = m
         records[slots, 2 * dim : 3 * dim] = v
         records[slots, :dim] = records[slots, :dim] - m / (v.sqrt() + eps) * step_size
+
+
+def _distinct(values, offsets, table_rows, table_starts, padding_ids):
+    """(positions that count, their tables, sorted ids, number in them of each position, first position of each, their
+    order by that), or the first bad position."""
+    num_tables = table_rows.numel()
+    table = torch.repeat_interleave(torch.arange(num_tables), _positions_per_table(offsets, num_tables))
+    bad = (values < 0) | (values >= table_rows[table])
+    if bad.any():
+        return int(bad.nonzero()[0, 0])
+    kept = values != padding_ids[table]
+    ids, table = (table_starts[table] + values)[kept], table[kept]
+    # torch.unique numbers by value; number by first occurrence instead.
+    sorted_ids, number = torch.unique(ids, return_inverse=True)
+    first = torch.full((sorted_ids.numel(),), ids.numel()).scatter_reduce(0, number, torch.arange(ids.numel()), "amin")
+    return kept, table, sorted_ids, number, first, torch.argsort(first)
 
 
 def _positions_per_table(offsets: torch.Tensor, num_tables: int) -> torch.Tensor:

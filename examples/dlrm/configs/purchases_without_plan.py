@@ -19,4 +19,4 @@ EMBEDDING_LEARNING_RATE = 0.01
 SEED = 1024
 THREADS = 1  # the batches are small: a second thread gains little, and loses much on a shared machine
 
-freq_cache = dict(cache_ratio=0.015, evict_strategy="dataset", optimizer="adagrad", sharding="column", depth=0)
+freq_cache = dict(cache_ratio=0.015, evict_strategy="dataset", optimizer="adagrad", sharding="column", window=0)

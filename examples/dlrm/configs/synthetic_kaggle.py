@@ -19,4 +19,4 @@ COUNT_BATCHES = 100  # the id counts come from this many training batches: a sam
 SEED = 1024
 THREADS = 1
 
-freq_cache = dict(cache_ratio=0.015, evict_strategy="dataset", optimizer="adagrad", sharding="column", depth=0)
+freq_cache = dict(cache_ratio=0.015, evict_strategy="dataset", optimizer="adagrad", sharding="column", window=0)
