@@ -66,7 +66,8 @@ class Share(NamedTuple):
 
 
 def headers_sent(ranks: int) -> int:
-    """Before a lookup 4 + W int64 (may it go on, what must be alike, how many ids go to whom), 1 byte after it, 1 in its backward."""
+    """Before a lookup 4 + W int64 (may it go on, what must be alike, how many ids go to whom), 1 byte of status after
+    it, and 1 in its backward."""
     return (8 * (4 + ranks) + 2) * (ranks - 1)
 
 

@@ -1,7 +1,8 @@
 """Random traces against an oracle of forty plain lines. `pytest tests/test_oracle.py`
 
 Proves: whatever the order of forwards, held graphs, dropped graphs, backwards, steps, evaluations, prefetches, batches
-announced and admitted ahead, flushes and loads, every output and the whole table equal those of a plain table, and every invariant (`check()`) holds.
+announced and admitted ahead, flushes and loads, every output and the whole table equal those of a plain table, and
+every invariant (`check()`) holds.
 Weights and gradients are small integers in float64 and lr is 1, so all sums are exact and equality is the right test.
 """
 

@@ -37,12 +37,20 @@ from torch import nn
 
 import colossal_freqcache.cache
 import colossal_freqcache.placement
-from colossal_freqcache import CacheTooSmallError, FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection, optim
+from colossal_freqcache import (
+    CacheTooSmallError,
+    FreqAwareEmbeddingBag,
+    FreqAwareEmbeddingBagCollection,
+    Lookahead,
+    optim,
+)
+from colossal_freqcache.kernels import make_kernels
 from colossal_freqcache.parallel import (
     SHARDINGS,
     ShardedFreqAwareEmbeddingBag,
     ShardedFreqAwareEmbeddingBagCollection,
 )
+from colossal_freqcache.stores import RamStore
 
 # ---- ranks that live for many tests ---------------------------------------------------------------------------------
 
@@ -1438,6 +1446,75 @@ def check_trace(rank, world_size, sharding, seed, operations):
 def test_random_traces(ranks, sharding, seed):
     """Forwards, held and dropped graphs, backwards, steps, evaluations, prefetches, flushes, loads: a plain table's."""
     ranks.run(check_trace, sharding, seed, 100)
+
+
+# ---- the batches to come ---------------------------------------------------------------------------------------------
+
+
+class FailingStore(RamStore):
+    """A RamStore whose reads beside training raise once `left` have been done."""
+
+    def __init__(self, left):
+        super().__init__(make_kernels("cpu"))
+        self.left = left
+
+    def read(self, rows, records, places):
+        if threading.current_thread() is not threading.main_thread():
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("the disk is gone")
+        super().read(rows, records, places)
+
+    def spawn(self):
+        return FailingStore(self.left)
+
+
+def check_lookahead(rank, world_size, sharding, window, depth):
+    """Outputs, tables, states: with Lookahead those without; a move that fails on one rank raises on all."""
+    steps = 12
+    roomy = sharding != "table"  # there a rank's own tables would have a slot for every row
+    num_slots = slots_of_steps(sharding, steps, world_size, 1 + depth if roomy else 1)
+    batches = [make_share(SIZES, step, rank, 0) for step in range(steps)]
+    results = []
+    for ahead in (True, False):
+        bag = make_collection(world_size, sharding, num_slots, evict_strategy="lookahead", optimizer="adagrad")
+        trained, outs = optim.Adagrad(bag.parameters(), lr=LR), []
+        ids = lambda share: (share.values, share.offsets)  # noqa: E731
+        misses, counted = [], bag.stats
+        for step, share in enumerate(Lookahead(batches, bag, ids, window, depth) if ahead else batches):
+            before = counted.misses
+            out = bag(*ids(share))
+            misses.append(counted.misses - before)
+            local_loss(step, rank, out).backward()
+            trained.step()
+            trained.zero_grad()
+            outs.append(out.detach().clone())
+        if ahead and depth and roomy:
+            assert not any(misses), "a row was missing in a forward"
+        assert max(everyone(bag.stats.evictions)) > steps
+        bag._cache.check()
+        assert bag._cache.slots.num_pinned == 0
+        results.append([*outs, *logical(bag, trained)])
+    assert_same_bits(*results, "with and without Lookahead")
+
+    store = FailingStore(2 if rank == 1 else 1000)
+    bag = make_collection(world_size, sharding, num_slots, evict_strategy="lookahead", store=store)
+    expected = logical(bag)
+    if depth:
+        with pytest.raises(OSError if rank == 1 else RuntimeError, match="the disk is gone"), torch.no_grad():
+            for share in Lookahead(batches, bag, ids, window, depth):
+                bag(*ids(share))
+        bag._cache.check()
+        assert_same_bits(logical(bag), expected, "after a failed move")
+
+
+@pytest.mark.parametrize(("window", "depth"), [(1, 1), (5, 2), (20, 0)])
+@pytest.mark.filterwarnings("ignore:the rows of the next batch do not fit")
+@every_sharding
+@on_2_ranks
+def test_lookahead(ranks, sharding, window, depth):
+    """Unequal and empty shares among the batches."""
+    ranks.run(check_lookahead, sharding, window, depth)
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------
