@@ -1,4 +1,4 @@
-"""Package metadata. The core needs torch, numpy, numba, rich and safetensors; colossalai is an extra."""
+"""Package metadata. The core needs torch, numpy, numba, safetensors, click and rich; colossalai is an extra."""
 
 import re
 from pathlib import Path
@@ -14,10 +14,11 @@ README = HERE / "README.md"
 EXTRAS = {
     "colossalai": ["colossalai==0.5.0"],
     "data": ["pyarrow>=15", "pandas>=2.2"],
+    "plot": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15"],
     "dev": ["ruff==0.17.6"],
 }
-EXTRAS["dev"] += [*EXTRAS["test"], *EXTRAS["data"]]
+EXTRAS["dev"] += [*EXTRAS["test"], *EXTRAS["data"], *EXTRAS["plot"]]
 
 setup(
     name="colossal_freqcache",
@@ -29,8 +30,9 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["colossal_freqcache", "colossal_freqcache.*"]),
     python_requires=">=3.11",
-    install_requires=["torch>=2.5", "numpy>=2.0", "numba>=0.61", "rich>=13", "safetensors>=0.4.3"],
+    install_requires=["torch>=2.5", "numpy>=2.0", "numba>=0.61", "rich>=13", "safetensors>=0.4.3", "click>=8"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["colossal-freqcache = colossal_freqcache.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -380,7 +380,7 @@ class RowCache:
         wanted = int(self.num_slots * share) - self.slots.num_used
         if wanted <= 0 or self.slots.num_used:
             return
-        rows = np.arange(wanted, dtype=np.int64)
+        rows = np.arange(wanted, dtype=np.int64)[::-1].copy()  # the most frequent come last: the freshest to a policy
         taken = self.slots.take_free(wanted)
         self.store.read(torch.from_numpy(rows), self.records, torch.from_numpy(taken))
         self.slots.admit(self.order.ids(rows), rows, taken)

@@ -5,6 +5,7 @@ comes from (file, and line, row or position), and the share of the file that has
 time.
 """
 
+import contextlib
 import csv
 import itertools
 import math
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CHUNK_IDS", "check_paths", "read_ids"]
+__all__ = ["CHUNK_IDS", "array_shape", "check_paths", "read_ids"]
 
 # Ids that are held at once, and lines of a csv file, each a list of strings while it is parsed.
 CHUNK_IDS = 1 << 20
@@ -68,6 +69,21 @@ def read_ids(path: Path, column: str | int | None = None) -> Iterator[Chunk]:
     return _READERS[path.suffix](path, column)
 
 
+def array_shape(path: Path, column: str | int | None = None) -> tuple[tuple[int, ...], bool] | None:
+    """(shape, whether the ids are in Fortran order) of the array that `read_ids` reads flat; None if it is no array.
+
+    Raises:
+        ValueError: as `read_ids`.
+    """
+    if path.suffix == ".npy":
+        with open(path, "rb") as stream:
+            return _npy_header(stream, str(path))[:2]
+    if path.suffix == ".npz":
+        with _opened_npz(path, column) as (stream, name):
+            return _npy_header(stream, name)[:2]
+    return None
+
+
 def _chosen_column(path: Path, kind: str, names: Sequence[str], column: str | int | None) -> str:
     if column is None and len(names) == 1:
         return names[0]
@@ -79,14 +95,19 @@ def _chosen_column(path: Path, kind: str, names: Sequence[str], column: str | in
     raise ValueError(f"{path} has no {kind} {column!r}: it has {listed}")
 
 
-def _read_npy_stream(stream: Any, name: str) -> Iterator[Chunk]:
-    """The array of an opened .npy stream, chunk by chunk."""
+def _npy_header(stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether it is in Fortran order, dtype) of an opened .npy stream; the data come next."""
     try:
         version = np.lib.format.read_magic(stream)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
-        shape, fortran, dtype = read_header(stream)
+        return read_header(stream)
     except _DAMAGE as error:
         raise ValueError(f"{name} is damaged or not an .npy array: {error}") from error
+
+
+def _read_npy_stream(stream: Any, name: str) -> Iterator[Chunk]:
+    """The array of an opened .npy stream, chunk by chunk."""
+    shape, fortran, dtype = _npy_header(stream, name)
     if dtype.kind not in "iu":
         raise TypeError(f"{name} has ids of dtype {dtype}: ids are integers")
     num_ids = math.prod(shape)
@@ -118,7 +139,9 @@ def _read_npy(path: Path, column: str | int | None) -> Iterator[Chunk]:
         yield from _read_npy_stream(stream, str(path))
 
 
-def _read_npz(path: Path, column: str | int | None) -> Iterator[Chunk]:
+@contextlib.contextmanager
+def _opened_npz(path: Path, column: str | int | None) -> Iterator[tuple[Any, str]]:
+    """(.npy stream, what to call it) of one array."""
     try:
         archive = zipfile.ZipFile(path)
     except _DAMAGE as error:
@@ -131,7 +154,12 @@ def _read_npz(path: Path, column: str | int | None) -> Iterator[Chunk]:
         except _DAMAGE as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         with stream:
-            yield from _read_npy_stream(stream, f"array {name!r} of {path}")
+            yield stream, f"array {name!r} of {path}"
+
+
+def _read_npz(path: Path, column: str | int | None) -> Iterator[Chunk]:
+    with _opened_npz(path, column) as (stream, name):
+        yield from _read_npy_stream(stream, name)
 
 
 def _read_parquet(path: Path, column: str | int | None) -> Iterator[Chunk]:

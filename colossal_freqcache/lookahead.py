@@ -42,10 +42,10 @@ class Lookahead:
     A batch that was handed out keeps its rows until the next one is asked for, however many forwards it is cut into,
     and its forward looks them up like any other. Leaving the loop, by `break` or an exception, ends what runs ahead.
 
-    Batches are pulled up to window + 1 steps before they are handed out. So a loader may not refill the tensors that it
-    has handed over; and a data set that draws from torch's global generator in this thread draws earlier than it would,
-    between other draws of the training: give it a generator of its own (or worker processes) where the run has to be
-    that without Lookahead, digit for digit.
+    Batches are pulled up to window + 1 steps before they are handed out (the newest's ids are still being sorted out).
+    So a loader may not refill the tensors that it has handed over; and a data set that draws from torch's global
+    generator in this thread draws earlier than it would, between other draws of the training: give it a generator of
+    its own (or worker processes) where the run has to be that without Lookahead, digit for digit.
 
     Attributes that this class lacks (`dataset`, `sampler`, …) are the loader's.
 
@@ -97,7 +97,7 @@ class Lookahead:
             waiting: list[dict[str, Future]] = []
             more = True
             while more or pulled:
-                while more and len(pulled) <= self.window:
+                while more and len(pulled) <= self.window + 1:  # the one to hand out, the window, and the newest
                     try:
                         batch = next(batches)
                     except StopIteration:

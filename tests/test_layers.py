@@ -20,6 +20,7 @@ LEVELS = {
     "config": 0,
     "metrics": 0,
     "id_files": 0,
+    "synthetic": 0,
     "frequency": 0,
     "row_order": 0,
     "row_layout": 0,
@@ -28,6 +29,8 @@ LEVELS = {
     "eviction": 1,
     "stores": 1,
     "kernels": 1,
+    "transfers": 1,
+    "ahead": 2,
     "cache": 2,
     "placement": 2,
     "block": 2,
@@ -44,19 +47,23 @@ LEVELS = {
     "cli": 6,
     "compat": 6,
     "": 7,  # the package's own __init__
+    "__main__": 7,
 }
 
 # Steps within one level: the importer builds on the imported one, and never the other way round.
 SAME_LEVEL = {
     ("frequency", "id_files"),  # counts what the readers yield
+    ("cache", "ahead"),  # asks it what is held for the batches to come
+    ("lookahead", "embedding"),  # tells its modules what comes
     ("placement", "cache"),  # which part of the tables a cache holds
     ("block", "placement"),
     ("block", "cache"),  # the Parameter around the cache's slots
     ("step_hooks", "block"),  # lets foreign optimizers step a block
+    ("cli", "simulate"),  # prints what the simulation found
 }
 
 # Who may import what is not always installed.
-ONLY = {"colossalai": "integration", "triton": "kernels.cuda"}
+ONLY = {"colossalai": "integration", "triton": "kernels.cuda", "matplotlib": "simulate"}
 
 
 def modules() -> dict[str, Path]:

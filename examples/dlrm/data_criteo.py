@@ -19,16 +19,13 @@ from typing import NamedTuple
 import numpy as np
 from batches import Batch, DataError, one_id_per_bag
 
+from colossal_freqcache.synthetic import KAGGLE_TABLE_SIZES
+
 __all__ = ["CriteoNpy", "CriteoTsv", "KAGGLE_TABLE_SIZES", "open_criteo"]
 
 NUM_DENSE, NUM_TABLES = 13, 26
 NUM_COLUMNS = 1 + NUM_DENSE + NUM_TABLES
 HELD_OUT_SHARE = 1 / 7
-# distinct values per column in Kaggle's train.txt (45,840,617 lines), as in the public DLRM code
-KAGGLE_TABLE_SIZES = [
-    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652,
-    2173, 4, 7046547, 18, 15, 286181, 105, 142572,
-]  # fmt: skip
 
 _HEX_DIGIT = np.full(256, -1, dtype=np.int64)
 for _digit, _characters in enumerate(zip(b"0123456789abcdef", b"0123456789ABCDEF")):
