@@ -154,17 +154,34 @@ def _announce(links, scores, buckets, last_entry, entry_rows, entries, end, num_
 
 
 @njit(cache=True, nogil=True)
-def _advance(links, scores, now, buckets, entries, first, slots):
+def _advance(links, scores, now, buckets, entry_rows, entries, first, slots, absent_rows, absent_next):
+    """Rows that are not resident go to `absent_rows`, their next use to `absent_next`; returns how many there are."""
+    num_absent = 0
     for i in range(slots.size):
         slot = slots[i]
+        at = (first + i) % len(entries)
+        batch = np.int64(entries[at, NEXT])
         if slot >= 0:
             _unlink(links, slot + RINGS + buckets)
-            batch = np.int64(entries[(first + i) % len(entries), NEXT])
             _place(links, scores, now, buckets, slot, batch, _since(np.int64(scores[slot]) & SCORES, now, SCORES))
+        else:
+            absent_rows[num_absent] = entry_rows[at]
+            absent_next[num_absent] = batch
+            num_absent += 1
+    return num_absent
 
 
 @njit(cache=True, nogil=True)
-def _admit(links, scores, now, buckets, memory, expected, last_entry, entry_rows, entries, end, num_alive, slots, rows):
+def _next_uses(last_entry, entry_rows, entries, end, num_alive, rows):
+    batches = np.zeros(rows.size, np.int32)
+    if num_alive > 0:
+        for i in range(rows.size):
+            batches[i] = _next_use(last_entry, entry_rows, entries, end, num_alive, rows[i])
+    return batches
+
+
+@njit(cache=True, nogil=True)
+def _admit(links, scores, now, buckets, memory, expected, slots, rows, batches):
     for i in range(slots.size):
         row = rows[i]
         since = -BEHIND
@@ -172,10 +189,7 @@ def _admit(links, scores, now, buckets, memory, expected, last_entry, entry_rows
             since = max(since, _since(np.int64(memory[row]), now // MEMORY_STEP, MEMORIES) * MEMORY_STEP)
         if expected.size:
             since = max(since, np.int64(expected[row]) - BEHIND)
-        batch = np.int64(0)
-        if num_alive > 0:
-            batch = _next_use(last_entry, entry_rows, entries, end, num_alive, row)
-        _place(links, scores, now, buckets, slots[i], batch, USED[min(since, AHEAD) + BEHIND])
+        _place(links, scores, now, buckets, slots[i], np.int64(batches[i]), USED[min(since, AHEAD) + BEHIND])
 
 
 @njit(cache=True, nogil=True)
@@ -282,6 +296,7 @@ class LookaheadPolicy:
         self._last_entry = np.empty(0, np.uint32)
         self._entry_rows = np.zeros(1, np.int32 if num_rows < 2**31 else np.int64)
         self._entries = np.zeros((1, 3), np.int32)
+        self._absent = self._entry_rows[:0], self._entries[:0, NEXT]  # rows of the current batch, and their next uses
         self._resize(num_slots, 1)
 
     def _resize(self, num_slots: int, buckets: int) -> None:
@@ -317,6 +332,7 @@ class LookaheadPolicy:
         if len(self._sizes) == self._buckets:
             self._resize(len(self._scores), 2 * self._buckets)
         self._make_room(self._num_alive + rows.size)
+        self._absent = self._absent[0][:0], self._absent[1][:0]  # they may be among these
         self._sizes.append(rows.size)
         batch = self._batch + len(self._sizes)
         known = self._last_entry, self._entry_rows, self._entries, self._end, self._num_alive
@@ -338,7 +354,10 @@ class LookaheadPolicy:
     def advance(self, slots: np.ndarray) -> None:
         """The next announced batch is the current one; its rows, in the announced order, are in slots int32 (n,)."""
         first = self._end - self._num_alive
-        _advance(self._links, self._scores, self._now, self._buckets, self._entries, first, slots)
+        rows, batches = np.empty(slots.size, self._entry_rows.dtype), np.empty(slots.size, np.int32)
+        rings = self._links, self._scores, self._now, self._buckets
+        absent = _advance(*rings, self._entry_rows, self._entries, first, slots, rows, batches)
+        self._absent = rows[:absent].copy(), batches[:absent].copy()
         self._batch += 1
         self._num_alive -= self._sizes.popleft()
 
@@ -346,6 +365,7 @@ class LookaheadPolicy:
         """Nothing is announced any more."""
         _forget(self._links, self._scores, self._now, self._buckets, self._batch + 1, len(self._sizes))
         self._batch += len(self._sizes)
+        self._absent = self._absent[0][:0], self._absent[1][:0]
         self._sizes.clear()
         self._num_alive = 0
 
@@ -353,9 +373,12 @@ class LookaheadPolicy:
 
     def admit(self, slots: np.ndarray, rows: np.ndarray) -> None:
         self._use(slots.size)
+        absent_rows, batches = self._absent
+        if not np.array_equal(rows, absent_rows):  # others than those that the current batch lacked
+            batches = _next_uses(self._last_entry, self._entry_rows, self._entries, self._end, self._num_alive, rows)
+        self._absent = absent_rows[:0], self._absent[1][:0]
         past = self._memory, self._expected
-        known = self._last_entry, self._entry_rows, self._entries, self._end, self._num_alive
-        _admit(self._links, self._scores, self._now, self._buckets, *past, *known, slots, rows)
+        _admit(self._links, self._scores, self._now, self._buckets, *past, slots, rows, batches)
 
     def touch(self, slots: np.ndarray) -> None:
         self._use(slots.size)
