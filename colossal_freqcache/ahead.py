@@ -71,7 +71,8 @@ class Ahead:
         self._current: _Coming | None = None
         self._moving: deque[_Moving] = deque()
         self._mover: RowMover | None = None
-        self._warned = False
+        self._warned = self._failed = False
+        self.abandoned = False  # whoever announced is gone, and could not say so in the training thread
 
     @property
     def num_announced(self) -> int:
@@ -101,8 +102,9 @@ class Ahead:
 
     def announce(self, wanted: WantedIds) -> None:
         """The batch after all announced ones wants these ids."""
-        self._coming.append(_Coming(wanted))
-        self._tell_policy(wanted)
+        if not self._failed:
+            self._coming.append(_Coming(wanted))
+            self._tell_policy(wanted)
 
     def hand_out(self, depth: int) -> None:
         """The next announced batch becomes the current one; the one before lets go of its rows.
@@ -112,6 +114,8 @@ class Ahead:
 
         Raises what the store raised while rows were moved; the maps are those of before the moves then.
         """
+        if self._failed:
+            return  # a move has failed since, and was told: nothing is announced any more
         if self._current is not None:
             self._let_go(self._current)
         self._current = batch = self._coming.popleft()
@@ -131,9 +135,15 @@ class Ahead:
             self.let_go()
             self._coming.clear()
             self._current = None
+            self._failed = self.abandoned = False
             if self._cache.foresees:
                 self._cache.policy.forget()
             self._close()
+
+    def end_if_abandoned(self) -> None:
+        """`end`, where nobody could call it."""
+        if self.abandoned:
+            self.end()
 
     # ---- what the cache calls -----------------------------------------------------------------------------------
 
@@ -247,24 +257,20 @@ class Ahead:
         return gone
 
     def _count(self, wanted: WantedIds, missing: np.ndarray) -> None:
-        counts = np.zeros(wanted.ids.numel(), np.int64)
-        counts[missing] = 1
-        ends, stats = wanted.table_ends.numpy(), self._cache.stats
-        for per_table, numbers in (
-            (stats.misses_unique_per_table, counts),
-            (stats.misses_per_table, counts * wanted.counts.numpy()),
-        ):
-            sums = np.concatenate([[0], np.cumsum(numbers)])[ends]
-            per_table += np.diff(sums)
+        """The rows that are fetched. Occurrences are counted where they are looked up."""
+        table_of_missing = np.searchsorted(wanted.table_ends.numpy(), missing, side="right") - 1
+        per_table = self._cache.stats.misses_unique_per_table
+        per_table += np.bincount(table_of_missing, minlength=per_table.size)
 
     def _let_go(self, batch: _Coming) -> None:
         if batch.slots is None:
             return
         slots, batch.slots = batch.slots, None
         table = self._cache.slots
-        table.unmark(slots, SlotTable.AHEAD | SlotTable.PREPAID)
+        table.unmark(slots, SlotTable.AHEAD)
         for other in self._holders():
             table.mark(other.slots, SlotTable.AHEAD)
+        table.unmark(slots[~table.marked(SlotTable.AHEAD, slots)], SlotTable.PREPAID)
         self._cache.unpin(torch.from_numpy(slots))
 
     def _finish_one(self) -> None:
@@ -304,6 +310,7 @@ class Ahead:
         cache.moves += 1
         cache.renew_policy()
         self._close()
+        self._failed = True
 
     def _close(self) -> None:
         if self._mover is not None:

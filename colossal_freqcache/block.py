@@ -87,7 +87,7 @@ class CachedWeight:
         self._left_over: weakref.ref | None = None  # a gradient that was stepped by a step that then raised
         self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
         self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
-        self._moves_at_step = 0
+        self._moves_at_step = self._moves_at_backward = 0
         self._owner: weakref.ref | None = None
         self._replaced: weakref.WeakSet = weakref.WeakSet()
         self.state_is_initial = True
@@ -147,11 +147,16 @@ class CachedWeight:
             self.num_tokens -= 1
             self.cache.unpin(token.slots)
 
-    def settle(self) -> None:
-        """Releases what nobody needs any more. The training thread calls it as a forward, prefetch or flush starts."""
+    def settle(self, between_batches: bool = False) -> None:
+        """Releases what nobody needs any more. The training thread calls it as a forward, prefetch or flush starts.
+
+        between_batches: it is no forward that starts. A gradient that was taken out of `.grad` is good until the next
+        one, so its rows stay.
+        """
         if torch._C._current_graph_task_id() != -1:  # a forward that is recomputed inside a backward
             return
         self._check_edits()
+        self.cache.ahead.end_if_abandoned()
         if self._stash is not None:  # a step raised after the rows were trained
             if self.parameter.grad is None:
                 self.after_step()
@@ -161,7 +166,7 @@ class CachedWeight:
             token = self._dead.popleft()
             if token.state == HELD:
                 self.release(token)
-        if self._spent and self._is_cleared():
+        if self._spent and not between_batches and self._is_cleared():
             self._release_spent()
 
     def _check_edits(self) -> None:
@@ -228,6 +233,7 @@ class CachedWeight:
     def gradient(self, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The sparse gradient of the block: `slots` int32[U] ascending, `values` (U, D); flagged coalesced."""
         self.cache.mark_dirty(slots)
+        self._moves_at_backward = self.cache.moves
         grad = self.parameter.grad
         self._adds_to_sorted = grad is None or grad.is_coalesced()
         if not slots.numel():
@@ -340,7 +346,9 @@ class CachedWeight:
             )
         slots = grad._indices()[0]
         again = self._is_stepped() and self._moves_at_step == self.cache.moves
-        if not again and (self._is_stepped(grad) or bool((self.cache.slots.pins[slots] == 0).any())):
+        # A pin may be that of a batch that comes next, and of another row: without a token, nothing may have moved.
+        held = not slots.numel() or bool(self._spent) or self.cache.moves == self._moves_at_backward
+        if not again and (self._is_stepped(grad) or not held or bool((self.cache.slots.pins[slots] == 0).any())):
             raise RuntimeError(
                 "this gradient was stepped, or taken out of .grad, before a later forward, and rows have moved since: "
                 "its slots hold other rows now. Call zero_grad() after step(), and step before the next forward"

@@ -163,9 +163,9 @@ class RowCache:
         if self.ahead.is_moving and self._needs_moves(plan.slot_of_unique.numpy()):
             self.ahead.finish()
         slot_of_unique = self._admit(plan)
-        self._take_over(slot_of_unique.numpy())
         if counted:
             self._count(plan.counts, prefetching=False)
+        self._take_over(slot_of_unique.numpy())
         return Lookup(plan.unique_of_position, slot_of_unique, offsets, self.table_rows.numel())
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
@@ -364,6 +364,8 @@ class RowCache:
         self.stats.misses_unique_per_table += missed_unique
         if not prefetching:
             self.stats.hits_per_table += looked_up - missed - prepaid
+            if self.ahead.is_holding:  # prepaid: first uses of rows that were admitted ahead, as unique misses
+                self.stats.misses_per_table += prepaid
 
     def flush(self) -> None:
         """Writes every dirty row back; the rows stay resident. O(slots)."""

@@ -298,6 +298,7 @@ class _CachedBags(nn.Module):
             if self._cache.config.evict_strategy is None and not self._cache.foresees:
                 self._cache.renew_policy(EvictionStrategy.LOOKAHEAD)
 
+        self._looks_ahead = None
         with self._cached_weight.lock, plain_mode():
             self._placement.together(begin)
         self._looks_ahead = who
@@ -326,15 +327,19 @@ class _CachedBags(nn.Module):
         self._check_looks_ahead(who)
 
         def hand_out() -> None:
-            self._cached_weight.settle()
+            self._cached_weight.settle(between_batches=True)
             self._cache.ahead.hand_out(depth)
 
         with self._cached_weight.lock, plain_mode():
             self._placement.together(hand_out)
 
-    def _end_look_ahead(self, who: object) -> None:
+    def _end_look_ahead(self, who: object, collected: bool) -> None:
+        """`who` says no more. collected: by the garbage collector, in any thread and inside anything: later, then."""
         if self._looks_ahead is who:
             self._looks_ahead = None
+            if collected:
+                self._cache.ahead.abandoned = True
+                return
             with self._cached_weight.lock, plain_mode():
                 self._cache.ahead.end()
 
@@ -342,7 +347,7 @@ class _CachedBags(nn.Module):
         if self._looks_ahead is not who:
             raise RuntimeError(
                 "another Lookahead (or another iteration of this one) has begun to look ahead for the same tables: "
-                "iterate over one at a time"
+                "iterate over one at a time (an evaluation in between can take the bare loader)"
             )
 
     # ---- cache --------------------------------------------------------------------------------------------------

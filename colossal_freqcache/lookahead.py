@@ -11,6 +11,9 @@ The loader is iterated, and every decision taken, in the thread that iterates he
 pulled batches, one per cache moves records. Ids decide, timing never does (see `ahead`).
 """
 
+import contextlib
+import gc
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +26,28 @@ from torch import nn
 from .embedding import _CachedBags
 
 __all__ = ["Lookahead"]
+
+_collecting: set[int] = set()  # threads in which the garbage collector runs now
+
+
+def _note_collection(phase: str, info: dict) -> None:
+    if phase == "start":
+        _collecting.add(threading.get_ident())
+    else:
+        _collecting.discard(threading.get_ident())
+
+
+def _is_collected() -> bool:
+    """Whether the caller is being finalized by the garbage collector: in any thread, in the middle of anything."""
+    return threading.get_ident() in _collecting
+
+
+def _shut_down(executor: ThreadPoolExecutor) -> None:
+    executor.shutdown(wait=not _is_collected(), cancel_futures=True)
+
+
+def _end(module: _CachedBags, who: object) -> None:
+    module._end_look_ahead(who, _is_collected())
 
 
 class Lookahead:
@@ -68,6 +93,8 @@ class Lookahead:
                 raise ValueError(f"{name}={number!r} is not allowed: a number of batches, at least {least}")
         if depth > window:
             raise ValueError(f"depth={depth} is not allowed: at most window={window}, whose ids are known")
+        if _note_collection not in gc.callbacks:
+            gc.callbacks.append(_note_collection)
         self.loader = loader
         self.window, self.depth = int(window), int(depth)
         self._ids = ids or (lambda batch: batch)
@@ -88,33 +115,38 @@ class Lookahead:
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         who = object()
-        failure = None
+        failure = None  # raised after the batches before it, as without Lookahead
         pulled: deque[Any] = deque()
-        distinct = ThreadPoolExecutor(max_workers=1, thread_name_prefix="freqcache-ids")
-        try:
+        waiting: deque[dict[str, Future]] = deque()  # of the newest pulled
+        with contextlib.ExitStack() as stack:
+            distinct = ThreadPoolExecutor(max_workers=1, thread_name_prefix="freqcache-ids")
+            stack.callback(_shut_down, distinct)
             for module in self._modules.values():
                 module._look_ahead(who)
-            waiting: list[dict[str, Future]] = []
+                stack.callback(_end, module, who)
             more = True
-            while more or pulled:
+            while True:
                 while more and len(pulled) <= self.window + 1:  # the one to hand out, the window, and the newest
                     try:
                         batch = next(batches)
+                        waiting.append(self._wanted(batch, distinct))
+                        pulled.append(batch)
                     except StopIteration:
                         more = False
-                        break
-                    except (
-                        Exception
-                    ) as error:  # raised where it would be without Lookahead: after the batches before it
+                    except Exception as error:
                         more, failure = False, error
+                # The newest's ids stay with the thread, unless they are needed now.
+                needed = 0 if not more or len(pulled) <= self.depth + 1 else 1
+                while len(waiting) > needed:
+                    try:
+                        self._announce(who, waiting[0])
+                    except (ValueError, TypeError) as error:  # a bad id
+                        more, failure = False, error
+                        while waiting:
+                            waiting.popleft()
+                            pulled.pop()
                         break
-                    pulled.append(batch)
-                    waiting.append(self._wanted(batch, distinct))
-                    if len(waiting) > 1:
-                        self._announce(who, waiting.pop(0))
-                # Only the newest is still with the thread, and only if it is not needed yet.
-                while waiting and (not more or len(pulled) <= self.depth + 1):
-                    self._announce(who, waiting.pop(0))
+                    waiting.popleft()
                 if not pulled:
                     break
                 batch = pulled.popleft()
@@ -123,11 +155,10 @@ class Lookahead:
                 yield batch
                 del batch
             if failure is not None:
-                raise failure
-        finally:
-            distinct.shutdown(wait=True, cancel_futures=True)
-            for module in self._modules.values():
-                module._end_look_ahead(who)
+                try:
+                    raise failure
+                finally:
+                    failure = None  # its traceback holds this frame
 
     def _wanted(self, batch: Any, distinct: ThreadPoolExecutor) -> dict[str, Future]:
         """The distinct ids of each module's part of a batch, as they are found."""
@@ -145,6 +176,11 @@ class Lookahead:
         found = {}
         for name, module in self._modules.items():  # in this order on every rank
             arguments = inputs.get(name, ())
+            if not isinstance(arguments, (torch.Tensor, tuple, list)):
+                raise TypeError(
+                    f"ids(batch) gave a {type(arguments).__name__} for {name or type(module).__name__!r}: give what "
+                    f"its forward takes, a tensor or a tuple of them"
+                )
             arguments = (arguments,) if isinstance(arguments, torch.Tensor) else tuple(arguments)[:2]  # without weights
             found[name] = module._wanted_ids(arguments, distinct)
         return found

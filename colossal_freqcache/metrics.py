@@ -2,7 +2,8 @@
 
 A *hit* is an occurrence of an id whose row was resident when its batch was prepared; every occurrence of a row that had
 to be fetched for the batch is a *miss*. A miss is counted once, at admission, whoever asked for the row: the
-occurrences in the first forward after a prefetch admitted the row are neither hits nor misses.
+occurrences in the first forward after a prefetch admitted the row are neither hits nor misses. Of a row that Lookahead
+admitted, the unique miss is counted then, and the occurrences, as misses, in the first forward that uses it.
 """
 
 import numpy as np

@@ -8,6 +8,7 @@ fetches are under way while a batch trains; what a loader may be and do; that no
 """
 
 import functools
+import gc
 import os
 import random
 import threading
@@ -421,11 +422,11 @@ def test_fetches_are_under_way_while_a_batch_trains():
             assert began.wait(20)
             under_way[0] += 1
         began.clear()
-        misses = bag.stats.misses
+        misses = bag.stats.misses_unique
         bag(ids).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert bag.stats.misses == misses
+        assert bag.stats.misses_unique == misses
         trained.set()
     assert under_way[0] == len(batches) - 1
 
@@ -492,6 +493,59 @@ def test_a_forward_of_other_ids_is_looked_up_like_any_other():
             if number % 2:
                 assert bag(ids.flip(1))[0, 0] == 4 * number + 1
             bag._cache.check()
+
+
+@pytest.mark.parametrize("how", ["taken out", "autograd.grad"])
+def test_a_gradient_kept_by_hand_is_good_until_the_next_forward(how):
+    """It is stepped after the next batch was asked for, whose rows may not have taken its slots by then."""
+    batches, results = [batch_of(n, (n + 7) % 50) for n in range(0, 40, 2)], []
+    for ahead in (True, False):
+        bag = staged_bag(6, lambda *_: time.sleep(1e-3), policy="lru", optimizer="sgd")
+        optimizer, kept = torch.optim.SGD(bag.parameters(), lr=1.0), None
+        for ids in Lookahead(batches, bag, window=3, depth=1) if ahead else batches:
+            if kept is not None:
+                bag.weight.grad = kept
+                optimizer.step()
+                optimizer.zero_grad()
+            loss = (bag(ids) ** 2).sum() / 100
+            if how == "taken out":
+                loss.backward()
+                kept, bag.weight.grad = bag.weight.grad, None
+            else:
+                (kept,) = torch.autograd.grad(loss, bag.weight)
+        results.append(bag.logical_weight())
+    assert_same_bits([results[0]], [results[1]])
+
+
+def test_a_gradient_kept_too_long_is_refused():
+    """After another forward its slots may hold rows of a batch that comes next: pinned, but not for it."""
+    bag = staged_bag(4, lambda *_: None, optimizer="sgd")
+    optimizer = torch.optim.SGD(bag.parameters(), lr=1.0)
+    it = iter(Lookahead([batch_of(n, n + 1) for n in range(0, 20, 2)], bag, window=3, depth=1))
+    bag(next(it)).sum().backward()
+    kept, bag.weight.grad = bag.weight.grad, None
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            bag(next(it))
+    table = bag.logical_weight()
+    bag.weight.grad = kept
+    with pytest.raises(RuntimeError, match="rows have moved since"):
+        optimizer.step()
+    assert torch.equal(bag.logical_weight(), table)
+
+
+def test_micro_batches_that_share_rows_are_counted_once():
+    counted = []
+    for ahead in (True, False):
+        bag = staged_bag(8, lambda *_: None)
+        batches = [torch.tensor([[n, n + 1], [n + 1, n + 1], [n, n]]) for n in range(0, 30, 3)]
+        with torch.no_grad():
+            for ids in Lookahead(batches, bag, window=3, depth=1) if ahead else batches:
+                for part in ids.split(1):
+                    bag(part)
+        counted.append((bag.stats.hits, bag.stats.misses, bag.stats.misses_unique))
+    assert counted[0] == counted[1] and sum(counted[0][:2]) == 60
 
 
 # ---- loaders ---------------------------------------------------------------------------------------------------------
@@ -561,12 +615,12 @@ def test_several_tables_in_a_model():
         return {"bags.0": batch, "bags.1": (39 - batch,), "tables": (tables, offsets, "no weights")}
 
     for batch in Lookahead(batches, model, ids=ids, window=4, depth=1):
-        found = [module._cache.stats.misses for module in (*model.bags, model.tables)]
+        found = [module._cache.stats.misses_unique for module in (*model.bags, model.tables)]
         for path, arguments in ids(batch).items():
             arguments = (arguments,) if torch.is_tensor(arguments) else arguments[:2]
             model.get_submodule(path)(*arguments)
         model.other(batch)
-        assert [module._cache.stats.misses for module in (*model.bags, model.tables)] == found
+        assert [module._cache.stats.misses_unique for module in (*model.bags, model.tables)] == found
     assert model.other.stats.misses > 0 and model.bags[1].stats.misses > 0
     assert model.bags[0]._cache.strategy == "lookahead" and model.other._cache.strategy == "lru"
 
@@ -582,6 +636,95 @@ def test_an_exception_of_the_loader_comes_after_the_batches_before_it():
         for ids in Lookahead(generate(), bag, window=3, depth=1):
             seen.append(int(ids))
     assert seen == list(range(5)) and bag._cache.slots.num_pinned == 0
+
+
+def test_a_bad_id_comes_after_the_batches_before_it():
+    bag, seen = staged_bag(6, lambda *_: None), []
+    with pytest.raises(ValueError, match="id 50 at position 0 is outside the valid range"):
+        for ids in Lookahead([batch_of(n) for n in (0, 1, 2, 3, 50, 4, 5)], bag, window=4, depth=2):
+            with torch.no_grad():
+                seen.append(int(bag(ids)[0, 0]))
+    assert seen == [0, 1, 2, 3] and bag._cache.slots.num_pinned == 0
+
+
+def test_a_move_that_fails_in_a_forward_and_is_caught_leaves_a_loop_without_lookahead():
+    """Whoever needs a record that moves is told of the failure, once; the batches still come, in their order."""
+    failures = []
+
+    def fail(kind, rows):
+        if kind == "read" and 4 in rows and not failures:
+            failures.append(rows)
+            raise StoreError("the disk is gone")
+
+    bag, seen = staged_bag(6, fail), []
+    with torch.no_grad():
+        for ids in Lookahead([batch_of(n, n + 1) for n in range(0, 20, 2)], bag, window=3, depth=1):
+            if ids[0, 0] == 2:
+                with pytest.raises(StoreError):
+                    bag.flush()
+            seen.append(int(bag(ids)[0, 0]))
+            bag._cache.check()
+    assert failures and seen == list(range(1, 40, 4))
+    assert bag._cache.slots.num_pinned == 0
+
+
+def test_one_tables_failure_leaves_no_other_one_held():
+    def fail(kind, rows):
+        time.sleep(0.02)
+        raise StoreError("the disk is gone")
+
+    two = nn.ModuleList([staged_bag(6, lambda *_: None) for _ in range(2)])
+    it = iter(Lookahead([batch_of(n, n + 1) for n in range(0, 20, 2)], two, lambda ids: {"0": ids, "1": ids}, 3, 1))
+    two[0]._cache.store.before = lambda kind, rows: fail(kind, rows) if 2 in rows else None
+    number_of_threads = threading.active_count()
+    next(it)
+    with pytest.raises(StoreError):
+        it.close()
+    assert [bag._cache.slots.num_pinned for bag in two] == [0, 0] and two[1]._looks_ahead is None
+    assert threading.active_count() == number_of_threads
+
+
+@pytest.mark.parametrize("where", ["the thread that moves", "the training thread"])
+def test_an_iterator_that_the_garbage_collector_ends(where):
+    """In any thread and in the middle of anything: nothing is done there but to say so; the next forward cleans up."""
+
+    class Holder:
+        pass
+
+    def collect(kind, rows):
+        if 2 in rows and where == "the thread that moves":  # the second batch's
+            assert ready.wait(20)
+            holders.clear()
+            gc.collect()
+
+    ready, holders, bag = threading.Event(), [], staged_bag(6, collect)
+    gc.disable()
+    try:
+        holder = Holder()
+        holder.itself, holder.it = holder, iter(Lookahead([batch_of(n, n + 1) for n in range(0, 20, 2)], bag, window=3))
+        next(holder.it)
+        holders.append(holder)
+        del holder
+        ready.set()
+        if where == "the training thread":
+            add_pins, calls = bag._cache.kernels.add_pins, []
+
+            def add_pins_and_collect(*arguments):
+                calls.append(arguments)
+                holders.clear()
+                gc.collect()
+                return add_pins(*arguments)
+
+            bag._cache.kernels.add_pins = add_pins_and_collect
+        with torch.no_grad():
+            for n in range(3):
+                assert bag(batch_of(n, n + 20))[0, 0] == 2 * n + 20
+    finally:
+        gc.enable()
+    bag._cache.kernels.__dict__.pop("add_pins", None)
+    bag.flush()
+    bag._cache.check()
+    assert not holders and bag._cache.slots.num_pinned == 0 and bag._cache.ahead.num_announced == 0
 
 
 @pytest.mark.parametrize("leave", ["break", "exception"])

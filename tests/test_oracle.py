@@ -130,7 +130,7 @@ class CacheAgainstOracle(RuleBasedStateMachine):
 
     @rule()
     def look_ahead_anew(self):
-        self.bag._end_look_ahead(self)
+        self.bag._end_look_ahead(self, collected=False)
         self.bag._look_ahead(self)
 
     @precondition(lambda self: self.held)

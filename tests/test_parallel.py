@@ -1482,9 +1482,9 @@ def check_lookahead(rank, world_size, sharding, window, depth):
         ids = lambda share: (share.values, share.offsets)  # noqa: E731
         misses, counted = [], bag.stats
         for step, share in enumerate(Lookahead(batches, bag, ids, window, depth) if ahead else batches):
-            before = counted.misses
+            before = counted.misses_unique
             out = bag(*ids(share))
-            misses.append(counted.misses - before)
+            misses.append(counted.misses_unique - before)
             local_loss(step, rank, out).backward()
             trained.step()
             trained.zero_grad()
