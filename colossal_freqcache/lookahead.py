@@ -77,7 +77,8 @@ class Lookahead:
     Raises:
         ValueError: a number is not allowed, or the model has no cached table; while iterating: what `ids` gave.
         RuntimeError: while iterating: another Lookahead has begun to look ahead for the same tables.
-        What the loader raises, after the batches before it. What a store raises, as a batch is asked for.
+        What the loader or `ids` raises, and a bad id, after the batches before it (at once where ranks share tables).
+        What a store raises, as a batch is asked for.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Lookahead:
             raise ValueError(
                 f"model is a {type(model).__name__} without a cached table: give a bag, or a model with one"
             )
+
+        self._is_shared = any(module._placement.world_size > 1 for module in self._modules.values())
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -134,6 +137,8 @@ class Lookahead:
                     except StopIteration:
                         more = False
                     except Exception as error:
+                        if self._is_shared:  # the other ranks go on exchanging, and may not be answered out of turn
+                            raise
                         more, failure = False, error
                 # The newest's ids stay with the thread, unless they are needed now.
                 needed = 0 if not more or len(pulled) <= self.depth + 1 else 1
