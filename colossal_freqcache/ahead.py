@@ -8,8 +8,9 @@ The life of a batch:
     announced    its ids are known: the policy orders its rows by them. It holds no slot.
     admitted     its rows have slots, one pin each, though some records may still be on their way. In order only, and
                  only where they fit beside what is in use; what does not fit is admitted by its own forward.
-    current      it was handed out: its records are there. Its pins stay until the next batch is handed out, so its
-                 micro-batches find their rows; after a forward that autograd recorded, tokens hold them as well.
+    current      it was handed out. If it is admitted, its records are there, and its pins stay until the next batch is
+                 handed out (unless a forward needs the room), so its micro-batches find their rows; after a forward
+                 that autograd recorded, tokens hold them as well.
 
 Three stories that the order of these steps is made for:
     early eviction   batch t+2 is admitted while t trains: it may not push out a row of t or t+1. Both hold pins.
@@ -59,7 +60,7 @@ class _Coming:
     def __init__(self, wanted: WantedIds) -> None:
         self.wanted = wanted
         self.slots: np.ndarray | None = None
-        self.advanced = False  # the policy was told that it is the current one, or admitted before that
+        self.advanced = False  # the policy was told of its turn
 
 
 class Ahead:
@@ -173,7 +174,7 @@ class Ahead:
         for batch in reversed(self._holders()):
             if slots.num_pinned + num_missing <= slots.num_slots:
                 return
-            self._warn(slots.num_pinned + num_missing)
+            self._warn(slots.num_pinned + num_missing, "a forward's rows do not fit beside those of coming batches")
             self._let_go(batch)
 
     def num_bytes(self) -> int:
@@ -211,7 +212,7 @@ class Ahead:
         if table.num_pinned + missing.size > table.num_slots:
             needed = table.num_pinned + missing.size
             cache.unpin(resident)
-            self._warn(needed)
+            self._warn(needed, "the rows of the next batch do not fit beside those in use")
             return False
         cache.policy.touch(resident.numpy())
         if missing.size:
@@ -303,7 +304,7 @@ class Ahead:
             move, taken, gone = self._moving.pop()
             table.unmark(taken, SlotTable.MOVING)
             table.evict(taken)
-            if not move.written:
+            if not move.written:  # nor are those behind it: the mover skips what follows a failure
                 table.take_back(gone.slots)
                 table.admit(gone.ids, gone.rows, gone.slots)
                 table.mark(gone.slots[gone.dirty], SlotTable.DIRTY)
@@ -317,12 +318,11 @@ class Ahead:
             self._mover.close()
             self._mover = None
 
-    def _warn(self, needed: int) -> None:
+    def _warn(self, needed: int, what: str) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"the rows of the next batch do not fit beside those in use ({needed} for "
-                f"{self._cache.num_slots} slots): it is admitted later, at the latest when it is looked up. A larger "
-                f"cache, or a smaller depth, avoids that",
+                f"{what} ({needed} for {self._cache.num_slots} slots): coming batches are admitted later, at the "
+                f"latest when they are looked up. A larger cache, or a smaller depth, avoids that",
                 stacklevel=3,
             )

@@ -148,10 +148,10 @@ class CachedWeight:
             self.cache.unpin(token.slots)
 
     def settle(self, between_batches: bool = False) -> None:
-        """Releases what nobody needs any more. The training thread calls it as a forward, prefetch or flush starts.
+        """Releases what nobody needs any more; the training thread calls it as a forward, prefetch or flush starts.
 
-        between_batches: it is no forward that starts. A gradient that was taken out of `.grad` is good until the next
-        one, so its rows stay.
+        between_batches: no forward starts, a batch is handed out. A gradient that was taken out of `.grad` is good
+            until the next forward, so its rows stay.
         """
         if torch._C._current_graph_task_id() != -1:  # a forward that is recomputed inside a backward
             return

@@ -116,12 +116,14 @@ class RowCache:
         self.renew_policy()
 
     def renew_policy(self, strategy: EvictionStrategy | None = None) -> None:
-        """A policy that has seen the resident rows admitted, in row order backwards, and nothing else; O(slots).
+        """A policy that has seen the resident rows admitted, in row order backwards, and nothing else.
+
+        O(slots); for "lookahead" with counts O(rows).
 
         strategy: which one from here on; default: as before.
         """
         self.strategy = strategy or self.strategy
-        counts_of_row = None if self._count_runs is None else np.repeat(*self._count_runs)
+        counts_of_row = np.repeat(*self._count_runs) if self.foresees and self._count_runs is not None else None
         self.policy = make_policy(self.strategy, self.num_slots, self.num_rows, counts_of_row)
         used = np.flatnonzero(self.slots.row_of_slot.numpy() >= 0).astype(np.int32)
         rows = self.slots.row_of_slot.numpy()[used].astype(np.int64)
@@ -162,9 +164,10 @@ class RowCache:
         plan = self._plan(values, offsets, padding_ids)
         if self.ahead.is_moving and self._needs_moves(plan.slot_of_unique.numpy()):
             self.ahead.finish()
+        was_holding = self.ahead.is_holding  # what was counted for it may be let go to make room
         slot_of_unique = self._admit(plan)
         if counted:
-            self._count(plan.counts, prefetching=False)
+            self._count(plan.counts, prefetching=False, prepaid_are_misses=was_holding)
         self._take_over(slot_of_unique.numpy())
         return Lookup(plan.unique_of_position, slot_of_unique, offsets, self.table_rows.numel())
 
@@ -358,13 +361,13 @@ class RowCache:
             self.slots.unmark(held, SlotTable.PREFETCHED | SlotTable.PREPAID)
             self.unpin(torch.from_numpy(held))
 
-    def _count(self, counts: torch.Tensor, prefetching: bool) -> None:
+    def _count(self, counts: torch.Tensor, prefetching: bool, prepaid_are_misses: bool = False) -> None:
         looked_up, missed, missed_unique, prepaid = counts.numpy().T
         self.stats.misses_per_table += missed
         self.stats.misses_unique_per_table += missed_unique
         if not prefetching:
             self.stats.hits_per_table += looked_up - missed - prepaid
-            if self.ahead.is_holding:  # prepaid: first uses of rows that were admitted ahead, as unique misses
+            if prepaid_are_misses:  # first uses of rows that were admitted ahead, and counted as unique misses then
                 self.stats.misses_per_table += prepaid
 
     def flush(self) -> None:
@@ -508,7 +511,7 @@ class RowCache:
         """Bytes by part; parts on the host that may grow with the table have "host" in their name.
 
         cache: num_slots * row_bytes. reserved: address space between the slots and the ceiling (untouched on a CPU).
-        index: every per-slot array. workspace: what depends on the largest batch.
+        index: every per-slot array. workspace: what depends on the largest batch, and on the batches announced ahead.
         """
         slots = self.slots.num_bytes()
         policy = self.policy.num_bytes()

@@ -43,7 +43,8 @@ class FreqCacheConfig:
         max_cache_bytes: the ceiling to which the cache may grow, in bytes of whole rows (weight and optimizer state);
             the initial size too where neither ratio nor slots are given. Default: 4 times the initial slots on a CPU.
         warmup_ratio: share of the slots that is filled with the most frequent rows at the start, in [0, 1].
-        evict_strategy: name of an eviction policy or an EvictionStrategy; None chooses by what is known of the ids.
+        evict_strategy: name of an eviction policy or an EvictionStrategy; None: "dataset" with counts, else
+            "s3fifo"; a Lookahead makes it "lookahead", for good.
         optimizer: name of the row optimizer whose state columns are reserved from the start; None: when one is bound.
         store: "ram", or an object that implements `stores.RowStore`.
         kernels: "auto", "torch" or "cpu".

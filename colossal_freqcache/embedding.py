@@ -375,7 +375,8 @@ class _CachedBags(nn.Module):
         """Bytes by part.
 
         cache: num_slots * row_bytes, weight and optimizer state. reserved: from there to the ceiling (on a CPU
-        untouched address space). index: all per-slot maps and marks. workspace: what grows with the largest batch.
+        untouched address space). index: all per-slot maps and marks. workspace: what grows with the largest batch and
+        with the batches announced ahead.
         Parts on the host that grow with the table have "host" in their name.
         """
         return self._cache.num_bytes()

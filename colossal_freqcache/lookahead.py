@@ -57,15 +57,16 @@ class Lookahead:
         loader: any iterable of batches; iterated anew by each `iter()`. Where ranks share tables, every rank iterates
             one, of the same number of batches.
         model: a cached bag or collection, or a module with some inside. Those whose eviction strategy was left open are
-            given "lookahead".
+            given "lookahead", and keep it.
         ids: fn(batch) -> what the forward of the one cached module takes (a tensor, or a tuple whose first two are
             used: ids and offsets), or {module path: that}; a module that is left out is not looked ahead for. Default:
             the batch itself. Called once per batch, when it is pulled.
         window: batches whose ids are known ahead, at least `depth` and 1.
         depth: batches whose rows are admitted ahead, as far as they fit; 0: none.
 
-    A batch that was handed out keeps its rows until the next one is asked for, however many forwards it is cut into,
-    and its forward looks them up like any other. Leaving the loop, by `break` or an exception, ends what runs ahead.
+    A batch that was admitted ahead keeps its rows until the next one is asked for, however many forwards it is cut into
+    (unless a forward needs the room), and its forward looks them up like any other. Leaving the loop, by `break` or an
+    exception, ends what runs ahead.
 
     Batches are pulled up to window + 1 steps before they are handed out (the newest's ids are still being sorted out).
     So a loader may not refill the tensors that it has handed over; and a data set that draws from torch's global

@@ -22,7 +22,7 @@ class SlotTable:
         marks: uint8[C], bits: DIRTY, the slot's record may differ from the store's; PREFETCHED, one of the pins is a
             prefetch's; AHEAD, some are of batches admitted ahead; PREPAID, one of those two admitted the row and
             counted its misses, and no forward has used it yet; MOVING, its record is on its way from the store.
-        pins: int32[C], how many holders need the slot's row to stay (forwards that run, tokens, prefetches).
+        pins: int32[C], how many holders need the slot's row to stay (forwards, tokens, prefetches, batches ahead).
         unique_of_slot: int32[C], scratch of `Kernels.plan`.
         num_slots, num_used, num_pinned: C, slots that hold a row, slots with pins > 0.
     """
@@ -31,7 +31,8 @@ class SlotTable:
 
     # I1  row_of_slot[s] == r and id_of_slot[s] == i  <=>  slot_of_id[i] == s + 1 and row_of_id[i] == r
     # I2  marks[s] != 0 or pins[s] > 0                 =>   row_of_slot[s] != FREE
-    # I3  the newest value of a row is in its slot if it has one, else in the store; while MOVING, in the store alone
+    # I3  the newest value of a row is in its slot if it has one, else in the store, or in a move under way that will
+    #     write it there before anyone else reads the store; of a MOVING slot's row, in the store likewise
     # I4  PREPAID or MOVING => PREFETCHED or AHEAD => pins[s] > 0
 
     def __init__(self, num_slots: int, num_rows: int, rows_are_ids: bool) -> None:
@@ -104,7 +105,7 @@ class SlotTable:
         self.num_used += slots.size
 
     def evict(self, slots: np.ndarray) -> None:
-        """The rows in `slots` leave; the slots are free. The store must hold their newest values by now."""
+        """The rows in `slots` leave; the store has their newest values, or a move will write them."""
         assert not self.pins.numpy()[slots].any()
         self.slot_of_id.numpy()[self.id_of_slot.numpy()[slots]] = 0
         self.id_of_slot.numpy()[slots] = FREE

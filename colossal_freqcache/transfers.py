@@ -22,7 +22,7 @@ class Move:
         written_rows, written_slots: int64[n], int32[n]. read_rows, read_slots: int64[m], int32[m].
 
     Attributes:
-        written, done: how far it got. Read them after `RowMover.wait` only.
+        written: whether the store has what was to be written. Read it after `RowMover.wait` only.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Move:
     ) -> None:
         self.written_rows, self.written_slots = written_rows, written_slots
         self.read_rows, self.read_slots = read_rows, read_slots
-        self.written = self.done = False
+        self.written = False
         self.future: Future | None = None
 
 
@@ -64,7 +64,6 @@ class RowMover:
                 move.written = True
                 if move.read_rows.numel():
                     self._store.read(move.read_rows, self._records, move.read_slots)
-                move.done = True
         except BaseException:
             self._failed = True
             raise

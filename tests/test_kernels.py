@@ -541,3 +541,25 @@ def test_slots_beyond_two_to_the_31_elements(kernel_set):
     assert torch.equal(records[slots.long()], rows - torch.tensor(LR))
     assert kernel_set.renormalize(records, dim, slots, 1.0, 2.0).all()
     torch.testing.assert_close(torch.linalg.vector_norm(records[slots.long()], dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", KERNEL_SETS)
+@pytest.mark.parametrize("seed", range(20))
+def test_distinct_ids_are_those_of_the_plan(name, seed):
+    """Numbered as `plan` does, table after table; some of them are empty in the batch, two have padding."""
+    generator = torch.Generator().manual_seed(seed)
+    table_rows = torch.tensor([50, 3, 200])
+    starts = torch.cumsum(table_rows, 0) - table_rows
+    lengths = torch.randint(0, 4, (3, 5), generator=generator) * torch.randint(0, 2, (3, 1), generator=generator)
+    per_table = zip(table_rows.tolist(), lengths.sum(1).tolist(), strict=True)
+    values = torch.cat([torch.randint(rows, (count,), generator=generator) for rows, count in per_table])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.reshape(-1).cumsum(0)])
+    batch = values, offsets, table_rows, starts, torch.tensor([-1, 1, 7])
+    wanted = make_kernels(name).distinct_ids(*batch)
+    plan = make_kernels("torch").plan(*batch, SlotTable(10, 253, rows_are_ids=True))
+    assert torch.equal(wanted.ids, plan.id_of_unique)
+    ends = [int((plan.id_of_unique < end).sum()) for end in (starts + table_rows).tolist()]
+    assert wanted.table_ends.tolist() == [0, *ends]
+    if values.numel():
+        values[-1] = 200
+        assert make_kernels(name).distinct_ids(*batch) == values.numel() - 1

@@ -28,7 +28,7 @@ from worlds import (
 
 from colossal_freqcache import CacheTooSmallError, FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection
 
-POLICY_NAMES = ("dataset", "lfu", "lru", "s3fifo")
+POLICY_NAMES = ("dataset", "lfu", "lru", "s3fifo", "lookahead")
 
 
 def resident(bag, *ids):

@@ -1,9 +1,10 @@
 """Who leaves the cache: the eviction policies, each in a file of its own.
 
-A policy keeps its own order over the slots and picks victims from it. It owns no map and moves no data: `SlotTable`
+A policy keeps its own order over the slots and picks victims from it. It owns no map and moves no data: the cache
 tells it what was admitted and touched, and changes the maps after it has chosen. Every decision is a function of the
 calls alone (no clock, no randomness, no threads), and a call costs O(slots it is given) or O(victims + in-use slots
-passed): never O(C), never O(R), not even once in a while. A new policy is a file here and a line in `_POLICIES`.
+passed): never O(C), never O(R), not even once in a while (but where "lookahead" makes room for a longer window). A new
+policy is a file here and a line in `_POLICIES`.
 
 Shapes: C slots in the cache (`num_slots`), R rows of the table (`num_rows`), n slots of one call.
 """
@@ -25,7 +26,7 @@ __all__ = ["EvictionPolicy", "EvictionStrategy", "make_policy"]
 
 
 class EvictionPolicy(Protocol):
-    """The whole surface of a policy. For one batch the order of calls is touch, evict, admit.
+    """The surface of a policy ("lookahead" has more). For one batch the order of calls is touch, evict, admit.
 
     `index` in `evict` is any object with these numpy arrays (the SlotTable has them):
     in_use int32 (C,), row_of_slot int (C,) with -1 = free, slot_of_id int32 (R,) with slot + 1 and 0 = not resident,

@@ -20,7 +20,7 @@ class BatchPlan(NamedTuple):
     unique_of_position: int32[N], which unique row stands at a position; -1 for padding.
     slot_of_unique: int32[U], its slot; -1 where the row is not resident.
     id_of_unique: int64[U], its id (over all tables).
-    counts: int64[T, 4]: looked-up positions, missed positions, unique misses, positions counted at a prefetch.
+    counts: int64[T, 4]: looked-up positions, missed positions, unique misses, positions of PREPAID rows.
     """
 
     unique_of_position: torch.Tensor
@@ -32,11 +32,10 @@ class BatchPlan(NamedTuple):
 class WantedIds(NamedTuple):
     """The distinct ids of a batch, wherever their rows are; numbered as in BatchPlan, so table after table.
 
-    ids: int64[U], over all tables. counts: int64[U], positions of each. table_ends: int64[T+1], of tables in `ids`.
+    ids: int64[U], over all tables. table_ends: int64[T+1], where those of each table end in `ids`, after a 0.
     """
 
     ids: torch.Tensor
-    counts: torch.Tensor
     table_ends: torch.Tensor
 
 

@@ -111,14 +111,12 @@ def _distinct_ids(
     padding_ids,
     bags_per_table,
     seen_id,
-    seen_unique,
     seen_stamp,
     stamp,
     ids,
-    counts,
     table_ends,
 ):
-    """Fills the three outputs of WantedIds, by the table of `_plan`'s misses; returns the first bad position or -1."""
+    """Fills the outputs of WantedIds, by the table of `_plan`'s misses; returns the first bad position or -1."""
     num_unique = 0
     shift = np.uint64(64)
     size = seen_id.size
@@ -137,14 +135,10 @@ def _distinct_ids(
             place = np.int64((np.uint64(identity) * _HASH_MULTIPLIER) >> shift) & last
             while seen_stamp[place] == stamp and seen_id[place] != identity:
                 place = (place + 1) & last
-            if seen_stamp[place] == stamp:
-                counts[seen_unique[place]] += 1
-            else:
+            if seen_stamp[place] != stamp:
                 seen_stamp[place] = stamp
                 seen_id[place] = identity
-                seen_unique[place] = num_unique
                 ids[num_unique] = identity
-                counts[num_unique] = 1
                 num_unique += 1
         table_ends[t + 1] = num_unique
     return -1
@@ -460,7 +454,7 @@ class CpuKernels:
     def distinct_ids(self, values, offsets, table_rows, table_starts, padding_ids):
         num_positions = values.numel()
         self._clear_miss_table(num_positions)
-        ids, counts = np.empty(num_positions, np.int64), np.empty(num_positions, np.int64)
+        ids = np.empty(num_positions, np.int64)
         table_ends = np.zeros(table_rows.numel() + 1, np.int64)
         bad_position = _distinct_ids(
             values.numpy(),
@@ -470,17 +464,14 @@ class CpuKernels:
             padding_ids.numpy(),
             (offsets.numel() - 1) // table_rows.numel(),
             self._miss_id,
-            self._miss_unique,
             self._miss_stamp,
             self._stamp,
             ids,
-            counts,
             table_ends,
         )
         if bad_position >= 0:
             return int(bad_position)
-        num_unique = table_ends[-1]
-        return WantedIds(*map(torch.from_numpy, (ids[:num_unique].copy(), counts[:num_unique].copy(), table_ends)))
+        return WantedIds(torch.from_numpy(ids[: table_ends[-1]].copy()), torch.from_numpy(table_ends))
 
     def add_pins(self, in_use, slots, delta):
         return int(_add_pins(in_use.numpy(), slots.numpy(), np.int32(delta)))

@@ -48,11 +48,10 @@ class TorchKernels:
         found = _distinct(values, offsets, table_rows, table_starts, padding_ids)
         if isinstance(found, int):
             return found
-        _, table, sorted_ids, number, first, order = found
-        counts = torch.bincount(number, minlength=order.numel())[order]
+        _, table, sorted_ids, _, first, order = found
         per_table = torch.bincount(table[first], minlength=table_rows.numel())
         ends = torch.cat([per_table.new_zeros(1), per_table.cumsum(0)])
-        return WantedIds(sorted_ids[order], counts, ends)
+        return WantedIds(sorted_ids[order], ends)
 
     def add_pins(self, in_use, slots, delta):
         slots = slots.long()
