@@ -14,7 +14,7 @@ import torch
 
 from .ahead import Ahead
 from .config import FreqCacheConfig
-from .eviction import EvictionStrategy, make_policy
+from .eviction import EvictionStrategy, PolicyIndex, make_policy
 from .kernels import BatchPlan, WantedIds, make_kernels
 from .metrics import CacheStats
 from .row_layout import RowLayout
@@ -42,15 +42,6 @@ class Lookup(NamedTuple):
     slot_of_unique: torch.Tensor
     offsets: torch.Tensor
     num_tables: int
-
-
-class _Index(NamedTuple):
-    """What an eviction policy may look at (see eviction.EvictionPolicy)."""
-
-    in_use: np.ndarray
-    row_of_slot: np.ndarray
-    slot_of_id: np.ndarray
-    id_of_row: np.ndarray | None
 
 
 class RowCache:
@@ -88,14 +79,14 @@ class RowCache:
         if strategy is None:
             strategy = EvictionStrategy.S3FIFO if counts is None else EvictionStrategy.DATASET
         self.strategy = EvictionStrategy.parse(strategy)
-        # Distinct counts, descending, and how many rows have each: all that is kept of them.
-        self._count_runs = None
-        if counts is not None:
-            distinct, runs = np.unique(np.asarray(counts), return_counts=True)
-            self._count_runs = distinct[::-1].astype(np.float64), runs[::-1]
         self.kernels = make_kernels(config.kernels)
         self.stats = CacheStats(len(table_sizes))
         self.order = RowOrder.from_counts(counts, self.num_rows)
+        self._count_runs = None  # distinct counts, descending, and how many rows have each: all that is kept of them
+        if counts is not None:
+            descending = np.asarray(counts)[self.order.id_of_row]
+            starts = np.flatnonzero(np.concatenate([[True], descending[1:] != descending[:-1]]))
+            self._count_runs = descending[starts].astype(np.float64), np.diff(starts, append=self.num_rows)
         self.layout = layout
         self.moves = 0
         self.store = make_store(config.store, self.kernels)
@@ -332,7 +323,9 @@ class RowCache:
     def choose_victims(self, count: int) -> np.ndarray:
         """The policy's choice of `count` slots without a pin, int32; it forgets them, the maps do not."""
         slots = self.slots
-        index = _Index(slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row)
+        index = PolicyIndex(
+            slots.pins.numpy(), slots.row_of_slot.numpy(), slots.slot_of_id.numpy(), self.order.id_of_row
+        )
         return self.policy.evict(count, index)
 
     def _write_back(self, dirty: np.ndarray) -> None:

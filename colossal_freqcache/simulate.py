@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .eviction import EvictionPolicy, make_policy
+from .eviction import EvictionPolicy, PolicyIndex, make_policy
 from .frequency import IdFrequency, _progress
 from .id_files import array_shape, check_paths, read_ids
 from .row_order import RowOrder
@@ -346,15 +346,6 @@ class _Numbering(NamedTuple):
     counts: np.ndarray | None
 
 
-class _Maps(NamedTuple):
-    """What a policy may look at (see eviction.EvictionPolicy); here a row is its own id."""
-
-    in_use: np.ndarray
-    row_of_slot: np.ndarray
-    slot_of_id: np.ndarray
-    id_of_row: None = None
-
-
 def simulate(
     trace: Trace,
     policies: Sequence[str] = POLICIES,
@@ -468,7 +459,7 @@ def _replay(
     """(which uses missed, bool (U,); rows that left) of one policy in one cache."""
     table = SlotTable(num_slots, numbering.num_rows, rows_are_ids=True)
     slot_of_row = table.slot_of_id.numpy()  # + 1
-    maps = _Maps(np.zeros(num_slots, np.int32), table.row_of_slot.numpy(), slot_of_row)
+    maps = PolicyIndex(np.zeros(num_slots, np.int32), table.row_of_slot.numpy(), slot_of_row)
     policy = make_policy(foresight.strategy, num_slots, numbering.num_rows, numbering.counts)
     if warm:
         _admit(table, policy, np.arange(min(num_slots, numbering.num_rows))[::-1].copy())
@@ -500,7 +491,7 @@ def _replay(
     return np.concatenate(missed), evictions
 
 
-def _make_room(table: SlotTable, policy: EvictionPolicy, maps: _Maps, num_missing: int) -> int:
+def _make_room(table: SlotTable, policy: EvictionPolicy, maps: PolicyIndex, num_missing: int) -> int:
     """Frees as many slots as are short; returns how many."""
     short = num_missing - table.num_free
     if short <= 0:

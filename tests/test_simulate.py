@@ -111,8 +111,10 @@ def test_files_of_every_kind(tmp_path, ending):
         elif ending == ".csv":
             np.savetxt(path, np.stack(list(columns.values()), axis=1), "%d", ",", header="item,shop", comments="")
         else:
-            pyarrow = pytest.importorskip("pyarrow")
-            pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), path)
+            pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed here")
+            pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed here").write_table(
+                pyarrow.table(columns), path
+            )
     tables = found_uses(Trace.from_ids(np.stack([first, second], axis=1), 16))
     names = [()] if ending == ".npy" else [("item", "shop")] + [("both",)] * (ending == ".npz")
     for columns in names:
@@ -403,7 +405,7 @@ def test_the_csv_file_holds_every_field(replays, tmp_path):
 
 def test_the_picture_is_one(replays, tmp_path):
     """Also of sizes that are all too small."""
-    image = pytest.importorskip("matplotlib.image")
+    image = pytest.importorskip("matplotlib.image", reason="matplotlib, for pictures, is not installed here")
     for shown in (replays, [replay for replay in replays if replay.note]):
         draw(shown, tmp_path / "out.png", title="a title")
         pixels = image.imread(tmp_path / "out.png")
@@ -425,7 +427,7 @@ def call(*arguments):
 
 
 def test_the_command_prints_a_table_and_writes_both_files(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib, for pictures, is not installed here")
     np.save(tmp_path / "ids.npy", skewed())
     ids = tmp_path / "ids.npy"
     result = call(

@@ -12,7 +12,7 @@ Shapes: C slots in the cache (`num_slots`), R rows of the table (`num_rows`), n 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,7 +22,16 @@ from .lookahead import LookaheadPolicy
 from .lru import LruPolicy
 from .s3fifo import S3FifoPolicy
 
-__all__ = ["EvictionPolicy", "EvictionStrategy", "make_policy"]
+__all__ = ["EvictionPolicy", "EvictionStrategy", "PolicyIndex", "make_policy"]
+
+
+class PolicyIndex(NamedTuple):
+    """What a policy may look at when it evicts; arrays as in EvictionPolicy."""
+
+    in_use: np.ndarray
+    row_of_slot: np.ndarray
+    slot_of_id: np.ndarray
+    id_of_row: np.ndarray | None = None
 
 
 class EvictionPolicy(Protocol):
