@@ -88,6 +88,7 @@ class CachedWeight:
         self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
         self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
         self._moves_at_step = self._moves_at_backward = 0
+        self._trained_by: int | None = None  # the backward (its graph task) that trained the rows, until the next step
         self._owner: weakref.ref | None = None
         self._replaced: weakref.WeakSet = weakref.WeakSet()
         self.state_is_initial = True
@@ -229,18 +230,37 @@ class CachedWeight:
             raise RuntimeError(
                 "backward would add to a gradient that an optimizer has already stepped: call zero_grad() after step()"
             )
+        if needs_gradient and self.is_fused:
+            self._check_only_backward(token)
+
+    def _check_only_backward(self, token: Token) -> None:
+        """Refuses what a fused update cannot see in time: that another backward's gradient belongs to the same step."""
+        again = self._trained_by is not None and (
+            self._trained_by == torch._C._current_graph_task_id() or self.parameter.grad is not None
+        )
+        dead = sum(token.state == HELD for token in self._dead.copy())
+        waiting = self.num_tokens - len(self._spent) - dead - (token.state == HELD)
+        if again or waiting or self._has_gradient():
+            found = (
+                f"{waiting} more forward(s) of it wait for theirs" if waiting else "it had one since its last step()"
+            )
+            raise RuntimeError(
+                f"fused=True trains the rows of a cached table inside its one backward per step(), and {found}: "
+                f"a sum of several gradients needs an optimizer without fused=True. (Wrap evaluations in "
+                f"torch.no_grad(); where a step is left out, call zero_grad().)"
+            )
 
     def gradient(self, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """The sparse gradient of the block: `slots` int32[U] ascending, `values` (U, D); flagged coalesced."""
+        """The sparse gradient of the block: `slots` int64[U] ascending, `values` (U, D); flagged coalesced."""
         self.cache.mark_dirty(slots)
         self._moves_at_backward = self.cache.moves
         grad = self.parameter.grad
         self._adds_to_sorted = grad is None or grad.is_coalesced()
         if not slots.numel():
             # Accumulating into an empty sparse tensor resizes its storage, which torch forbids once numpy has seen it.
-            values = torch.empty_like(values)
+            slots, values = torch.empty_like(slots), torch.empty_like(values)
         return torch.sparse_coo_tensor(
-            slots.long().unsqueeze(0), values, self.parameter.shape, is_coalesced=True, check_invariants=False
+            slots.unsqueeze(0), values, self.parameter.shape, is_coalesced=True, check_invariants=False
         )
 
     def _flag_coalesced(self, parameter: torch.Tensor) -> None:
@@ -258,6 +278,30 @@ class CachedWeight:
             self._spent.append(token)
 
     # ---- optimizer ----------------------------------------------------------------------------------------------
+
+    def fused_step(self) -> tuple[dict, int] | None:
+        """(param_group, number of the coming step) where the bound optimizer is to train the rows in the backward."""
+        return getattr(self.owner, "fused_step", lambda parameter: None)(self.parameter)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the next backward trains the rows, so that there is no gradient to see."""
+        return self.fused_step() is not None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a backward has trained the rows for the step to come."""
+        return self._trained_by is not None
+
+    def train_in_backward(self, slots: torch.Tensor, values: torch.Tensor, group: dict, step: int) -> torch.Tensor:
+        """Applies the rule to `slots` (int32[U], unique) with gradients `values` (U, D); returns an empty gradient.
+
+        Only the parameter's hooks and `.grad` see that one; a step() counts it, and has nothing left to train.
+        """
+        self._train(slots, values, group, step)
+        self._trained_by = torch._C._current_graph_task_id()
+        none = torch.empty(1, 0, dtype=torch.int64), values.new_empty(0, values.shape[1])
+        return torch.sparse_coo_tensor(*none, self.parameter.shape, is_coalesced=True, check_invariants=False)
 
     def bind(self, optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, keep_slots: bool = False) -> None:
         """Makes `optimizer` the one that trains the rows by `rule`; its state starts at its initial values.
@@ -370,27 +414,24 @@ class CachedWeight:
             values = grad._values().detach().contiguous()
             if scale != 1.0:
                 values = values / scale
-            if group.get("maximize"):
-                values = -values
-            slots = slots.int()
-            self.cache.mark_dirty(slots)
-            self.rule.update(
-                self.cache.kernels,
-                self.cache.records,
-                self.cache.layout,
-                slots,
-                values,
-                group,
-                step,
-                self.placement,
-            )
+            self._train(slots.int(), values, group, step)
+
+    def _train(self, slots: torch.Tensor, values: torch.Tensor, group: dict, step: int) -> None:
+        self.version += 1
+        if not slots.numel():
+            return
+        if group.get("maximize"):
+            values = -values
+        cache = self.cache
+        cache.mark_dirty(slots)
+        self.rule.update(cache.kernels, cache.records, cache.layout, slots, values, group, step, self.placement)
         self.state_is_initial = False
 
     def after_step(self) -> None:
         """The gradient was used: its rows may leave. Adding to it, or stepping it once rows have moved, is refused."""
         self.restore_stash()
         self._release_spent()
-        self._left_over = None
+        self._left_over = self._trained_by = None
         if self._has_gradient():
             self._stepped = weakref.ref(self.parameter.grad)
             self._moves_at_step = self.cache.moves

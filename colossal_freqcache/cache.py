@@ -16,6 +16,7 @@ from .ahead import Ahead
 from .config import FreqCacheConfig
 from .eviction import EvictionStrategy, PolicyIndex, make_policy
 from .kernels import BatchPlan, WantedIds, make_kernels
+from .memory import aligned_empty
 from .metrics import CacheStats
 from .row_layout import RowLayout
 from .row_order import RowOrder
@@ -534,7 +535,7 @@ class RowCache:
 def _untouched(num_slots: int, layout: RowLayout) -> torch.Tensor:
     """(num_slots, W) of address space: pages are faulted in when a slot is first filled."""
     dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-    return torch.from_numpy(np.empty((num_slots, layout.width), dtype))
+    return torch.from_numpy(aligned_empty((num_slots, layout.width), dtype))
 
 
 def _converted(records: torch.Tensor, layout: RowLayout) -> torch.Tensor:

@@ -162,8 +162,6 @@ class _CachedBags(nn.Module):
         """(B, T, D): pooled rows, recorded by autograd where a gradient is wanted."""
         weight = self._cached_weight
         weight.check_in_place(self.weight)
-        if torch.jit.is_tracing():
-            raise RuntimeError("a cached table cannot be traced: which rows are resident changes with every batch")
         with weight.lock:
             return self._locked_lookup(batch, weight)
 
@@ -233,21 +231,22 @@ class _CachedBags(nn.Module):
         weights: torch.Tensor | None,
     ) -> _Batch:
         """The batch as int64 host tensors; `offsets_end`: the last offset is the end of the last bag."""
-        # A copy: the backward reads the offsets, and the caller may refill its buffer before that.
-        offsets = offsets.detach().to("cpu", torch.int64, copy=True)
+        if torch.jit.is_tracing():
+            raise RuntimeError("a cached table cannot be traced: which rows are resident changes with every batch")
         num_values = values.numel()
         num_offsets = offsets.numel()
         if offsets_end and num_offsets < 1:
             raise ValueError("offsets has 0 entries: with include_last_offset it holds one more than there are bags")
         if num_offsets == 0 and num_values:
             raise ValueError(f"offsets has 0 entries for {num_values} ids: every id must stand in a bag")
-        if num_offsets and int(offsets[0]) != 0:
-            raise ValueError(f"offsets[0] is {int(offsets[0])}: the first bag must start at 0")
-        if not offsets_end:
-            offsets = torch.cat([offsets, offsets.new_tensor([num_values])])
-        lengths = offsets.diff()
-        if (lengths < 0).any():
-            number = int((lengths < 0).nonzero()[0, 0]) + 1
+        # A copy: the backward reads the offsets, and the caller may refill its buffer before that.
+        offsets = offsets.detach().to("cpu", torch.int64).contiguous()
+        offsets, is_rising = self._cache.kernels.copy_offsets(offsets, num_values, offsets_end)
+        first, last = offsets.numpy()[[0, -1]].tolist()
+        if num_offsets and first != 0:
+            raise ValueError(f"offsets[0] is {first}: the first bag must start at 0")
+        if not is_rising:
+            number = int((offsets.diff() < 0).nonzero()[0, 0]) + 1
             if number == num_offsets:  # the end that was appended
                 raise ValueError(
                     f"offsets[{number - 1}] is {int(offsets[number - 1])}, past the end of {num_values} ids"
@@ -256,9 +255,9 @@ class _CachedBags(nn.Module):
                 f"offsets[{number}] is {int(offsets[number])} after {int(offsets[number - 1])}: "
                 f"offsets must not decrease"
             )
-        if int(offsets[-1]) != num_values:
-            where = "past the end of" if int(offsets[-1]) > num_values else "not the end of"
-            raise ValueError(f"offsets[{num_offsets - 1}] is {int(offsets[-1])}, {where} {num_values} ids")
+        if last != num_values:
+            where = "past the end of" if last > num_values else "not the end of"
+            raise ValueError(f"offsets[{num_offsets - 1}] is {last}, {where} {num_values} ids")
         if weights is not None:
             if self.mode != "sum":
                 raise NotImplementedError(
@@ -274,7 +273,7 @@ class _CachedBags(nn.Module):
                 )
             weights = weights.reshape(-1).contiguous()
         values = values.detach().to("cpu", torch.int64).reshape(-1).contiguous()
-        return _Batch(values, offsets.contiguous(), weights)
+        return _Batch(values, offsets, weights)
 
     def _prefetch(self, batch: _Batch) -> None:
         def prefetch() -> None:
@@ -847,7 +846,7 @@ class _Pooling:
         self, grad: torch.Tensor, weights: torch.Tensor | None, needs_rows: bool, needs_weights: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(sparse gradient of the block or None, gradient of per_sample_weights or None) from `grad` (B, T, D)."""
-        weight, cache = self.weight, self.weight.cache
+        weight = self.weight
         weight.before_backward(self.token, needs_rows)
         gradient = weights_gradient = None
         with plain_mode():
@@ -856,20 +855,25 @@ class _Pooling:
             if needs_rows:
                 if weight.placement.divisor != 1:
                     grad = grad / weight.placement.divisor
-                # Sorted by slot, and summed per row in batch order before that: the sums do not depend on the slots.
-                slots, order = torch.sort(self.lookup.slot_of_unique)
-                place_of_unique = torch.empty(order.numel(), dtype=torch.int32)
-                place_of_unique[order] = torch.arange(order.numel(), dtype=torch.int32)
-                arguments = (grad, self.lookup.unique_of_position, self.lookup.offsets)
-                places = (place_of_unique, order.numel())
-                if self.mode == "max":
-                    values = cache.kernels.pool_max_backward(*arguments, self.chosen, *places)
-                else:
-                    mean = self.mode == "mean"
-                    values = cache.kernels.pool_backward(*arguments, weights, mean, self.scale_by_freq, *places)
-                gradient = weight.gradient(slots, values)
+                gradient = self._rows_gradient(grad, weights)
         weight.after_backward(self.token)
         return gradient, weights_gradient
+
+    def _rows_gradient(self, grad: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Each row's sum, in batch order so that slots do not matter; sorted by slot, or trained at once."""
+        weight, kernels, slots = self.weight, self.weight.cache.kernels, self.lookup.slot_of_unique
+        fused = weight.fused_step()
+        if fused is None:
+            slots, place_of_unique = kernels.order_slots(slots)
+        else:
+            place_of_unique = torch.arange(slots.numel(), dtype=torch.int32)
+        arguments = (grad, self.lookup.unique_of_position, self.lookup.offsets)
+        places = (place_of_unique, slots.numel())
+        if self.mode == "max":
+            values = kernels.pool_max_backward(*arguments, self.chosen, *places)
+        else:
+            values = kernels.pool_backward(*arguments, weights, self.mode == "mean", self.scale_by_freq, *places)
+        return weight.gradient(slots, values) if fused is None else weight.train_in_backward(slots, values, *fused)
 
     def _weights_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         if self.version != self.rows_version():

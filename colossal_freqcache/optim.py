@@ -2,6 +2,10 @@
 
 Each class is the torch optimizer of its name (constructor, param_groups, schedulers, zero_grad, closures) that treats
 the blocks of cached tables apart: their state is columns of the rows' records, so it moves with the row.
+
+With fused=True the rows are trained inside the backward, as FBGEMM does, and no gradient of the table is made: the same
+bits as without it, for training loops of one backward per step. What it cannot do is refused: several backwards or
+lookups per step, clipping, a GradScaler. (Dense parameters get torch's own fused step.)
 """
 
 from collections.abc import Iterable
@@ -12,7 +16,14 @@ from torch import nn
 
 from .block import CachedWeight, cached_weight_of, plain_mode
 from .row_rules import RowRule, make_rule
-from .step_hooks import amp_scale, blocks_of, make_state_dict_logical, next_step, reset_forgotten_state
+from .step_hooks import (
+    amp_scale,
+    blocks_of,
+    coming_step,
+    make_state_dict_logical,
+    next_step,
+    reset_forgotten_state,
+)
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "clip_grad_norm_", "clip_grad_value_", "to_sparse_adam"]
 
@@ -84,13 +95,20 @@ class _RowOptimizer:
             weight.check_binding(self, self._rule(), group)
             weight.check_gradient()
             self._check_steps(parameter, weight)
+        if hasattr(self, "found_inf") and self._trains_in_backward():
+            raise RuntimeError(
+                f"a GradScaler scales the loss of a {type(self).__name__} with fused=True, which has trained the rows "
+                f"of its cached tables with the scaled gradients: build it without fused=True, and load an earlier "
+                f"state"
+            )
         scale = amp_scale(self)
         try:
             for group, parameter, weight in with_gradient:
                 if weight.owner is not self:
                     self._bind(group, parameter, weight, keep_slots=True)
                 if scale is not None:
-                    reset_forgotten_state(self, parameter, weight)
+                    if not weight.is_trained:
+                        reset_forgotten_state(self, parameter, weight)
                     weight.step(group, next_step(self, parameter, weight.rule), scale)
                 weight.stash_gradient()
             self._step_dense()
@@ -98,6 +116,29 @@ class _RowOptimizer:
             for _, _, weight in with_gradient:
                 weight.restore_stash()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by a GradScaler, which tells `step` of itself if so; torch's constructors may set it."""
+        return self.__dict__.get("_step_supports_amp_scaling", False) or self._trains_in_backward()
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
+
+    def _trains_in_backward(self) -> bool:
+        return any(group.get("fused") for group, _, _ in blocks_of(self))
+
+    def fused_step(self, parameter: torch.Tensor) -> tuple[dict, int] | None:
+        """(param_group, number of the coming step) of a block that the backward is to train, else None."""
+        group = next(group for group, block, _ in blocks_of(self) if block is parameter)
+        if not group.get("fused"):
+            return None
+        weight, rule = cached_weight_of(parameter), self._rule()
+        rule.check(group)
+        if not weight.is_trained:
+            reset_forgotten_state(self, parameter, weight)
+        return group, coming_step(self, parameter, rule)
 
     def _step_dense(self) -> None:
         """torch's step of the class that this one extends, without the hooks that torch wraps around it (ours ran)."""
@@ -239,9 +280,10 @@ def clip_grad_norm_(
     that share the table: each of them must call this, and all get the same norm.
 
     Raises:
-        RuntimeError: the norm is nan or inf and `error_if_nonfinite`.
+        RuntimeError: the norm is nan or inf and `error_if_nonfinite`; or a table's optimizer has fused=True.
     """
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    _check_not_fused(parameters)
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not parameters:
         return torch.tensor(0.0)
@@ -264,12 +306,21 @@ def clip_grad_norm_(
 
 def clip_grad_value_(parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
     """torch.nn.utils.clip_grad_value_ for lists that mix dense parameters and cached tables: clamps every element."""
-    parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    _check_not_fused(parameters)
     with plain_mode():
         for parameter in parameters:
             if parameter.grad is not None:
                 grad = parameter.grad
                 (grad._values() if grad.is_sparse else grad).clamp_(-clip_value, clip_value)
+
+
+def _check_not_fused(parameters: list[torch.Tensor]) -> None:
+    if any(weight.is_fused for weight in map(cached_weight_of, parameters) if weight is not None):
+        raise RuntimeError(
+            "gradients of a cached table cannot be clipped where its optimizer has fused=True: the backward has "
+            "trained the rows already. Build the optimizer without fused=True"
+        )
 
 
 def _values_in_row_order(parameter: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,12 @@ class SlotTable:
     """The maps between ids, rows and slots, and the marks of a slot.
 
     Attributes (torch tensors over host memory):
-        slot_of_id: int32[R], slot + 1, 0 where the row is not resident.
+        slot_of_id: int32[R], slot + 1, 0 where the row is not resident (negative only while `Kernels.plan` runs).
         id_of_slot, row_of_slot: int32[C] (int64 from 2**31 rows on), FREE where empty; one array where row == id.
         marks: uint8[C], bits: DIRTY, the slot's record may differ from the store's; PREFETCHED, one of the pins is a
             prefetch's; AHEAD, some are of batches admitted ahead; PREPAID, one of those two admitted the row and
             counted its misses, and no forward has used it yet; MOVING, its record is on its way from the store.
         pins: int32[C], how many holders need the slot's row to stay (forwards, tokens, prefetches, batches ahead).
-        unique_of_slot: int32[C], scratch of `Kernels.plan`.
         num_slots, num_used, num_pinned: C, slots that hold a row, slots with pins > 0.
     """
 
@@ -45,7 +44,7 @@ class SlotTable:
         self._returned = np.empty(0, np.int32)  # used once, free now
         self.id_of_slot = self.row_of_slot = torch.from_numpy(np.empty(0, self._number))
         self.marks = torch.empty(0, dtype=torch.uint8)
-        self.pins = self.unique_of_slot = torch.empty(0, dtype=torch.int32)
+        self.pins = torch.empty(0, dtype=torch.int32)
         self.grow(num_slots)
 
     def grow(self, num_slots: int) -> None:
@@ -58,8 +57,8 @@ class SlotTable:
 
         self.id_of_slot = longer(self.id_of_slot, FREE)
         self.row_of_slot = self.id_of_slot if self._rows_are_ids else longer(self.row_of_slot, FREE)
-        for name in ("marks", "pins", "unique_of_slot"):
-            setattr(self, name, longer(getattr(self, name), 0))
+        self.marks = longer(self.marks, 0)
+        self.pins = longer(self.pins, 0)
         self.num_slots = num_slots
 
     def mark(self, slots: np.ndarray, bit: np.uint8) -> None:
@@ -116,7 +115,7 @@ class SlotTable:
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes per slot array ("index") and of the map over all rows ("host_slot_of_id")."""
-        arrays = [self.id_of_slot, self.marks, self.pins, self.unique_of_slot]
+        arrays = [self.id_of_slot, self.marks, self.pins]
         if not self._rows_are_ids:
             arrays.append(self.row_of_slot)
         return {

@@ -23,6 +23,7 @@ __all__ = [
     "bind_blocks",
     "blocks_of",
     "check_optimizer",
+    "coming_step",
     "install_step_hooks",
     "load_logical_states",
     "logical_state",
@@ -182,6 +183,11 @@ def next_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: R
         state["step"] = 0 if isinstance(optimizer, torch.optim.SparseAdam) else torch.tensor(0.0)
     state["step"] += 1
     return int(state["step"])
+
+
+def coming_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: RowRule) -> int:
+    """What `next_step` will return."""
+    return int(_steps(optimizer.state.get(parameter, {}))) + 1 if rule.counts_steps else 1
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

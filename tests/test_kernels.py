@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_freqcache.kernels import KERNEL_SETS, BatchPlan, make_kernels
+from colossal_freqcache.kernels.cpu import GRAIN
+from colossal_freqcache.kernels.parts import in_parts, num_parts
 from colossal_freqcache.slots import SlotTable
 
 DIMS = (1, 7, 32, 257)
 DTYPES = (torch.float32, torch.float64)
-BATCHES = ("ragged", "empty", "no bags", "one id", "all equal", "all padding")
+BATCHES = ("ragged", "empty", "no bags", "one id", "one hot", "all equal", "all padding")
 
 
 def close(dtype, terms=8):
@@ -36,11 +38,12 @@ class Batch:
 
     def __init__(self, name, dim, dtype, state=0, seed=0):
         generator = np.random.default_rng(seed)
-        self.num_tables = 3 if name in ("ragged", "empty", "no bags") else 1
+        self.num_tables = 3 if name in ("ragged", "empty", "no bags", "one hot") else 1
         lengths = {
             "ragged": [0, 3, 5, 0, 1, 0, 0, 2, 0, 0, 4, 0],
             "empty": [0] * 12,
             "one id": [0, 1],
+            "one hot": [1] * 12,
             "all equal": [6, 5],
             "all padding": [2, 3],
             "no bags": [],
@@ -517,6 +520,109 @@ def test_ids_that_do_not_fit_are_bad_whatever_their_size(kernel_set):
         values = torch.tensor([0, 4, bad])
         arguments = (values, torch.tensor([0, 3]), torch.tensor([5]), torch.tensor([0]), torch.tensor([-1]))
         assert kernel_set.plan(*arguments, slot_table(5, [0, 4])) == 2
+
+
+def test_plan_leaves_the_map_as_it_was(kernel_set):
+    """Also where an id is bad: what it notes in the map while it runs is gone."""
+    slots = slot_table(50, [3, 7, 8])
+    before = slots.slot_of_id.clone()
+    for last in (49, 50):
+        values = torch.tensor([3, 9, 9, 7, 3, 20, last])
+        kernel_set.plan(values, torch.tensor([0, 7]), torch.tensor([50]), torch.tensor([0]), torch.tensor([20]), slots)
+        assert torch.equal(slots.slot_of_id, before)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 100, 2**11, 2**11 + 1, 2**22 + 5, 2**31 - 1])
+def test_order_slots(kernel_set, largest):
+    generator = np.random.default_rng(0)
+    for count in (0, 1, 2, 1000):
+        drawn = np.unique(np.append(generator.integers(0, largest, count), largest))[-count or largest + 1 :]
+        slots = torch.from_numpy(generator.permutation(drawn).astype(np.int32))
+        ascending, place_of_unique = kernel_set.order_slots(slots)
+        assert ascending.dtype == torch.int64 and place_of_unique.dtype == torch.int32
+        assert ascending.tolist() == sorted(slots.tolist())
+        assert torch.equal(ascending[place_of_unique.long()], slots.long())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "num_values", "has_end", "expected"),
+    [
+        ([0, 2, 2], 5, False, ([0, 2, 2, 5], True)),
+        ([0, 2, 5], 5, True, ([0, 2, 5], True)),
+        ([], 0, False, ([0], True)),
+        ([0, 3, 2], 5, False, ([0, 3, 2, 5], False)),
+        ([0, 6], 5, False, ([0, 6, 5], False)),
+    ],
+)
+def test_copy_offsets(kernel_set, offsets, num_values, has_end, expected):
+    offsets = torch.tensor(offsets, dtype=torch.int64)
+    copy, is_rising = kernel_set.copy_offsets(offsets, num_values, has_end)
+    assert (copy.tolist(), is_rising) == expected
+    copy.fill_(9)
+    assert not (offsets == 9).any()
+
+
+# ---- threads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["one hot", "ragged", "weighted", "max"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(form):
+    """Forward, backward and update of a batch that is shared out, with 1, 2 and 5 threads."""
+    kernels = make_kernels("cpu")
+    generator = np.random.default_rng(0)
+    tables, bags, dim = 3, 3000, 64
+    lengths = np.ones(tables * bags, np.int64) if form == "one hot" else generator.integers(0, 3, tables * bags)
+    offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
+    per_table = lengths.reshape(tables, bags).sum(1)
+    numbers = np.concatenate(
+        [1000 * table + generator.integers(0, 1000, count) ** 2 // 1000 for table, count in enumerate(per_table)]
+    )
+    _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    unique = torch.from_numpy(np.argsort(np.argsort(first))[inverse].astype(np.int32))
+    slots = torch.from_numpy(generator.permutation(5000)[: first.size].astype(np.int32))
+    weights = torch.rand(numbers.size) if form == "weighted" else None
+    grad = torch.randn(bags, tables, dim)
+    fresh = torch.rand(5000, 2 * dim)
+    results = []
+    num_threads = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert num_parts(bags * tables * dim, GRAIN) == min(threads, 4)
+            records = fresh.clone()
+            ascending, places = kernels.order_slots(slots)
+            if form == "max":
+                out, chosen = kernels.pool_max(records, dim, slots, unique, offsets, tables)
+                values = kernels.pool_max_backward(grad, unique, offsets, chosen, places, first.size)
+            else:
+                out = kernels.pool(records, dim, slots, unique, offsets, weights, form == "ragged", tables)
+                arguments = (weights, form == "ragged", False, places, first.size)
+                values = kernels.pool_backward(grad, unique, offsets, *arguments)
+            kernels.update_adagrad(records, dim, ascending.int(), values, 0.1, 1e-8)
+            moved = torch.empty_like(records)
+            kernels.copy_rows(records, torch.arange(5000), moved, torch.arange(5000).flip(0))
+            results.append((out, values, records, moved))
+    finally:
+        torch.set_num_threads(num_threads)
+    for result in results[1:]:
+        for number, (part, expected) in enumerate(zip(result, results[0], strict=True)):
+            assert torch.equal(part, expected), number
+
+
+def test_a_part_that_raises():
+    """The error arrives after every part has ended, and the next call works."""
+
+    def kernel(first, last):
+        done.append(first)
+        if first:
+            raise ValueError("a part")
+
+    done = []
+    with pytest.raises(ValueError, match="a part"):
+        in_parts(kernel, 10, 3)
+    assert sorted(done) == [0, 3, 6]
+    in_parts(lambda first, last: done.append(last), 10, 2)
+    assert sorted(done[3:]) == [5, 10]
 
 
 # ---- large offsets -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE  # read, not imported: a circular imp
 # Every module (a folder counts as one) and its level: it may import what is strictly below.
 LEVELS = {
     "config": 0,
+    "memory": 0,
     "metrics": 0,
     "id_files": 0,
     "synthetic": 0,

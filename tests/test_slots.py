@@ -124,9 +124,9 @@ def test_growth_keeps_rows_marks_and_pins():
 
 
 def test_one_array_serves_ids_and_rows_where_they_are_the_same():
-    """Without counts no second map is held; bytes per slot are 13, with counts 17."""
-    assert SlotTable(100, NUM_ROWS, True).num_bytes()["index"] == 13 * 100
-    assert SlotTable(100, NUM_ROWS, False).num_bytes()["index"] == 17 * 100
+    """Without counts no second map is held; bytes per slot are 9, with counts 13."""
+    assert SlotTable(100, NUM_ROWS, True).num_bytes()["index"] == 9 * 100
+    assert SlotTable(100, NUM_ROWS, False).num_bytes()["index"] == 13 * 100
 
 
 def test_bytes_on_the_device_do_not_grow_with_the_table():

@@ -44,6 +44,9 @@ class Kernels(Protocol):
 
     name: str
 
+    def copy_offsets(self, offsets, num_values, has_end) -> tuple[torch.Tensor, bool]:
+        """(copy of offsets int64[n], num_values behind them unless `has_end`; whether none is below the one before)."""
+
     def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots) -> BatchPlan | int:
         """Looks a batch up. values int64[N] local ids, offsets int64[T*B+1]; an int is the first bad position."""
 
@@ -52,6 +55,9 @@ class Kernels(Protocol):
 
     def add_pins(self, in_use, slots, delta) -> int:
         """in_use[slots] += delta (slots unique); returns by how much the number of slots in use changed."""
+
+    def order_slots(self, slot_of_unique) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slot_of_unique ascending, int64[U], where in it each unique row went: place_of_unique, int32[U])."""
 
     def copy_rows(self, source, source_rows, target, target_rows) -> None:
         """target[target_rows[i]] = source[source_rows[i]] for whole records."""

@@ -21,6 +21,11 @@ class TorchKernels:
         """Bytes that outlive a call and depend on the largest batch: none."""
         return 0
 
+    def copy_offsets(self, offsets, num_values, has_end):
+        end = offsets.new_full((0 if has_end else 1,), num_values)
+        copy = torch.cat([offsets, end])
+        return copy, bool((copy.diff() >= 0).all())
+
     def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots):
         num_tables = table_rows.numel()
         found = _distinct(values, offsets, table_rows, table_starts, padding_ids)
@@ -58,6 +63,12 @@ class TorchKernels:
         before = in_use[slots] > 0
         in_use[slots] += delta
         return int((in_use[slots] > 0).sum() - before.sum())
+
+    def order_slots(self, slot_of_unique):
+        slots, order = torch.sort(slot_of_unique.long())
+        place_of_unique = torch.empty(order.numel(), dtype=torch.int32)
+        place_of_unique[order] = torch.arange(order.numel(), dtype=torch.int32)
+        return slots, place_of_unique
 
     def copy_rows(self, source, source_rows, target, target_rows):
         target[target_rows.long()] = source[source_rows.long()]

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from ..memory import aligned_empty
 from ..row_layout import RowLayout
 
 __all__ = ["RamStore"]
@@ -16,9 +17,9 @@ class RamStore:
         self._records = torch.empty(0)
 
     def allocate(self, num_rows: int, layout: RowLayout) -> None:
-        # numpy asks for huge pages; a table is read at random, so each row would else cost a TLB miss.
+        # In huge pages: a table is read at random, so each row would else cost a TLB miss.
         dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-        self._records = torch.from_numpy(np.empty((num_rows, layout.width), dtype))
+        self._records = torch.from_numpy(aligned_empty((num_rows, layout.width), dtype))
 
     def read(self, rows: torch.Tensor, records: torch.Tensor, places: torch.Tensor) -> None:
         self._kernels.copy_rows(self._records, rows, records, places)

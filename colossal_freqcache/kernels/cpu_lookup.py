@@ -1,0 +1,214 @@
+"""The numba functions over ids, slots and offsets: what a batch needs, before any value is read.
+
+Each tells the processor some positions ahead which places it will read. Serial: one map is read and marked.
+Shapes as in `kernels`.
+"""
+
+import numpy as np
+from numba import njit
+
+from .vectors import prefetch
+
+__all__ = ["add_pins", "copy_offsets", "count_positions", "distinct_ids", "is_one_hot", "order_slots", "plan"]
+
+AHEAD = 24  # positions
+# 2**64 / golden ratio: spreads consecutive ids over a hash table (Knuth, TAOCP 3, section 6.4).
+_HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+ID_BITS = 40  # of an entry of the table of `distinct_ids`; the stamp of a call stands above them
+MISSED, PREPAID = np.uint8(1), np.uint8(2)
+RADIX_BITS = 11
+
+
+@njit(cache=True, nogil=True)
+def copy_offsets(offsets, end, copy):
+    """copy = offsets, then `end` if there is room for it; returns whether none of it is below the entry before."""
+    for i in range(offsets.size):
+        copy[i] = offsets[i]
+    if copy.size > offsets.size:
+        copy[offsets.size] = end
+    falls = False
+    for i in range(copy.size - 1):
+        falls |= copy[i + 1] < copy[i]
+    return not falls
+
+
+@njit(cache=True, nogil=True)
+def is_one_hot(offsets):
+    """Whether every bag holds one position: bag number == position."""
+    if offsets[offsets.size - 1] != offsets.size - 1:
+        return False
+    differs = False
+    for i in range(offsets.size):
+        differs |= offsets[i] != i
+    return not differs
+
+
+@njit(cache=True, nogil=True)
+def plan(
+    values,
+    offsets,
+    table_rows,
+    table_starts,
+    padding_ids,
+    bags_per_table,
+    slot_of_id,
+    marks,
+    prepaid_bit,
+    unique_of_position,
+    slot_of_unique,
+    id_of_unique,
+    kind_of_unique,
+    counts,
+):
+    """Fills the outputs of a BatchPlan; returns (U, first bad position or -1).
+
+    An id's entry in the map says -1 - u from its first occurrence on, and is as before again when this returns: so
+    further occurrences read one place only, and a missing id needs no other table.
+    """
+    num_unique = 0
+    bad = -1
+    for t in range(table_rows.size):
+        rows = table_rows[t]
+        start = table_starts[t]
+        padding_id = padding_ids[t]
+        looked_up = 0
+        missed = 0
+        missed_unique = 0
+        counted_before = 0
+        last = offsets[(t + 1) * bags_per_table]
+        for i in range(offsets[t * bags_per_table], last):
+            if i + AHEAD < last:
+                coming = values[i + AHEAD]
+                if coming >= 0 and coming < rows:
+                    prefetch(slot_of_id, start + coming)
+            local = values[i]
+            if local < 0 or local >= rows:
+                bad = i
+                break
+            if local == padding_id:
+                unique_of_position[i] = -1
+                continue
+            looked_up += 1
+            identity = start + local
+            entry = np.int64(slot_of_id[identity])
+            if entry >= 0:
+                u = num_unique
+                num_unique += 1
+                slot_of_id[identity] = -1 - u
+                slot_of_unique[u] = entry - 1
+                id_of_unique[u] = identity
+                kind = MISSED
+                if entry > 0:
+                    kind = PREPAID if marks[entry - 1] & prepaid_bit else np.uint8(0)
+                kind_of_unique[u] = kind
+                missed_unique += entry == 0
+            else:
+                u = -1 - entry
+            unique_of_position[i] = u
+            kind = kind_of_unique[u]
+            missed += kind & MISSED
+            counted_before += kind >> 1
+        if bad >= 0:
+            break
+        counts[t, 0] = looked_up
+        counts[t, 1] = missed
+        counts[t, 2] = missed_unique
+        counts[t, 3] = counted_before
+    for u in range(num_unique):
+        slot_of_id[id_of_unique[u]] = slot_of_unique[u] + 1
+    return num_unique, bad
+
+
+@njit(cache=True, nogil=True)
+def distinct_ids(values, offsets, table_rows, table_starts, padding_ids, bags_per_table, seen, stamp, ids, table_ends):
+    """Fills the outputs of WantedIds; returns the first bad position or -1. `seen`: entries stamp << ID_BITS | id.
+
+    Reads no map, so that another thread than the cache's may run it.
+    """
+    num_unique = 0
+    shift = np.uint64(64)
+    size = seen.size
+    while size > 1:
+        shift -= np.uint64(1)
+        size >>= 1
+    final = seen.size - 1
+    stamp_bits = np.int64(stamp) << ID_BITS
+    for t in range(table_rows.size):
+        rows = table_rows[t]
+        start = table_starts[t]
+        last = offsets[(t + 1) * bags_per_table]
+        for i in range(offsets[t * bags_per_table], last):
+            if i + AHEAD < last:
+                prefetch(seen, np.int64((np.uint64(start + values[i + AHEAD]) * _HASH_MULTIPLIER) >> shift) & final)
+            local = values[i]
+            if local < 0 or local >= rows:
+                return i
+            if local == padding_ids[t]:
+                continue
+            entry = stamp_bits | (start + local)
+            place = np.int64((np.uint64(start + local) * _HASH_MULTIPLIER) >> shift) & final
+            while seen[place] >= stamp_bits and seen[place] != entry:
+                place = (place + 1) & final
+            if seen[place] != entry:
+                seen[place] = entry
+                ids[num_unique] = start + local
+                num_unique += 1
+        table_ends[t + 1] = num_unique
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def add_pins(in_use, slots, delta):
+    """in_use[slots] += delta; returns by how much the number of slots in use changed."""
+    change = 0
+    for i in range(slots.size):
+        slot = slots[i]
+        before = in_use[slot]
+        after = before + delta
+        in_use[slot] = after
+        change += (after > 0) - (before > 0)
+    return change
+
+
+@njit(cache=True, nogil=True)
+def count_positions(unique_of_position, num_unique):
+    """int64[U]: how many positions each unique row has."""
+    positions = np.zeros(num_unique, np.int64)
+    for i in range(unique_of_position.size):
+        if unique_of_position[i] >= 0:
+            positions[unique_of_position[i]] += 1
+    return positions
+
+
+@njit(cache=True, nogil=True)
+def order_slots(slot_of_unique, sorted_slots, place_of_unique, order, other_order):
+    """sorted_slots int64[U]: `slot_of_unique`, ascending; place_of_unique int32[U]: where each went. A radix sort.
+
+    order, other_order: int32[U], scratch.
+    """
+    largest = 1
+    for u in range(slot_of_unique.size):
+        order[u] = u
+        largest = max(largest, slot_of_unique[u])
+    counts = np.empty(1 << RADIX_BITS, np.int64)
+    shift = 0
+    while largest >> shift:
+        counts[:] = 0
+        for u in range(order.size):
+            counts[(slot_of_unique[u] >> shift) & (counts.size - 1)] += 1
+        total = 0
+        for digit in range(counts.size):
+            count = counts[digit]
+            counts[digit] = total
+            total += count
+        for i in range(order.size):
+            u = order[i]
+            digit = (slot_of_unique[u] >> shift) & (counts.size - 1)
+            other_order[counts[digit]] = u
+            counts[digit] += 1
+        order, other_order = other_order, order
+        shift += RADIX_BITS
+    for place in range(order.size):
+        u = order[place]
+        sorted_slots[place] = slot_of_unique[u]
+        place_of_unique[u] = place
