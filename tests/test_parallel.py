@@ -1517,6 +1517,39 @@ def test_lookahead(ranks, sharding, window, depth):
     ranks.run(check_lookahead, sharding, window, depth)
 
 
+def check_fused(rank, world_size, sharding, optimizer):
+    """Training inside the backward has the bits of the step; what it cannot do is refused on all ranks."""
+    steps = 12
+    num_slots = slots_of_steps(sharding, steps, world_size)
+    results = []
+    for fused in (False, True):
+        bag = make_collection(world_size, sharding, num_slots)
+        trained = getattr(optim, optimizer)(bag.parameters(), lr=LR, fused=fused)
+        outs = []
+        for step in range(steps):
+            share = make_share(SIZES, step, rank, 0)
+            out = bag(share.values, share.offsets)
+            local_loss(step, rank, out).backward()
+            trained.step()
+            trained.zero_grad()
+            outs.append(out.detach().clone())
+        assert max(everyone(bag.stats.evictions)) > steps
+        results.append([*outs, *logical(bag, trained)])
+    assert_same_bits(*results, "with and without fused=True")
+    local_loss(0, rank, bag(share.values, share.offsets)).backward()
+    with pytest.raises(RuntimeError, match="fused=True"):
+        local_loss(0, rank, bag(share.values, share.offsets)).backward()
+    trained.step()
+
+
+@pytest.mark.parametrize("optimizer", ["RowWiseAdagrad", "Adam"])
+@every_sharding
+@on_2_ranks
+def test_fused(ranks, sharding, optimizer):
+    """Unequal and empty shares among the batches."""
+    ranks.run(check_fused, sharding, optimizer)
+
+
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
