@@ -4,7 +4,7 @@
 # make test        all tests in .venv, then all but the slow ones in .venv-core; PYTEST_ARGS="-k frequency" narrows them
 # make test-core   the tests in .venv-core only
 # make lint        ruff: rules and format (make format applies the format)
-# make bench       the time of a training step
+# make bench       all benchmarks with their peers, at full size (20 GiB of RAM); BENCH_ARGS="--scale 0.05" is a trial
 # make clean       remove caches and build leftovers (make distclean: the two environments as well)
 
 PYTHON ?= python3
@@ -17,6 +17,7 @@ VENV := .venv
 VENV_CORE := .venv-core
 STAMP := $(VENV)/.installed
 STAMP_CORE := $(VENV_CORE)/.installed
+STAMP_BENCH := $(VENV)/.installed-bench
 
 # `colossalai run` exports every variable again, unquoted, on a command line: it gets these only, and only those that are set.
 # PWD is not among them; `colossalai` is found, and finds `torchrun`, by PATH.
@@ -40,6 +41,10 @@ $(STAMP): requirements.txt setup.py
 
 $(STAMP_CORE): requirements-core.txt setup.py
 	$(call install,$(VENV_CORE),requirements-core.txt)
+
+$(STAMP_BENCH): requirements-bench.txt $(STAMP)
+	$(VENV)/bin/python -m pip install --requirement requirements-bench.txt
+	@touch $@
 
 # $(1): the environment, $(2): its requirements. An environment that was left half made is made anew.
 define install
@@ -72,8 +77,16 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: setup
+# One after the other: each alone on the machine. step and prepare come twice, the second time with torch's huge pages.
+bench: $(STAMP_BENCH)
 	$(VENV)/bin/python benchmarks/step.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/step.py --huge-pages $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/prepare.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/prepare.py --huge-pages $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/moves.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/start_up.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/scale.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/end_to_end.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ EXTRAS = {
     "data": ["pyarrow>=15", "pandas>=2.2"],
     "plot": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=15"],
+    "bench": ["fbgemm-gpu-cpu==1.0.0"],  # fits torch 2.5
     "dev": ["ruff==0.17.6"],
 }
 EXTRAS["dev"] += [*EXTRAS["test"], *EXTRAS["data"], *EXTRAS["plot"]]

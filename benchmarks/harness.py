@@ -1,11 +1,14 @@
-"""What every benchmark shares: interleaved timing, time by phase, the machine and its versions, result files.
+"""What every benchmark shares: arguments, interleaved timing, time by phase, budgets, the machine, result files.
 
 Knows nothing of embedding tables. Times are milliseconds of wall clock.
 """
 
+import argparse
+import cProfile
 import json
 import os
 import platform
+import pstats
 import resource
 import shlex
 import subprocess
@@ -21,20 +24,65 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 
 __all__ = [
+    "HUGE_PAGES",
     "REPOSITORY",
     "Stopwatch",
+    "argument_parser",
     "command_line",
+    "conclude",
+    "default_out",
     "describe_machine",
     "interleaved",
+    "machine_line",
     "markdown_table",
     "peak_gib",
+    "print_profile",
+    "ratio_of",
+    "restart_with_huge_pages",
+    "spread",
     "summary",
+    "verdict",
     "write_results",
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's own switch: its allocator asks for huge pages, as numpy's does by itself
+
+
+# ---- arguments and settings -----------------------------------------------------------------------------------------
+
+
+def argument_parser(doc: str, scale: str) -> argparse.ArgumentParser:
+    """A parser that explains itself by the script's docstring; it has what every suite takes.
+
+    scale: what the suite's --scale is a share of."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help=f"share of {scale}, for a short trial")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="results go to OUT.json and OUT.md; default: in benchmarks/results")
+    return parser
+
+
+def default_out(suite: str, parser: argparse.ArgumentParser, args: argparse.Namespace, *telling: str) -> Path:
+    """The result files' path without suffix: suite, torch version, and those `telling` settings that are unusual."""
+    stem = f"{suite}-{torch.__version__.partition('+')[0]}"
+    for name in telling:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            stem += f"-{name.replace('_', '-')}"
+            if value is not True:
+                stem += "-" + "-".join(map(str, value if isinstance(value, list) else [value]))
+    return REPOSITORY / "benchmarks" / "results" / stem
+
+
+def restart_with_huge_pages(script: str, argv: Sequence[str] | None) -> None:
+    """Starts the process again with torch's huge pages on, unless it was: torch reads that once, at its first use."""
+    if os.environ.get(HUGE_PAGES) != "1":
+        os.environ[HUGE_PAGES] = "1"
+        os.execv(sys.executable, [sys.executable, script, *(sys.argv[1:] if argv is None else argv)])
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
@@ -58,6 +106,24 @@ def interleaved(steps: Mapping[str, Callable[[Any], None]], batches: Sequence[An
 def summary(times: Sequence[float]) -> dict[str, float]:
     """min, median and p80 of the times."""
     return {"min": min(times), "median": float(np.median(times)), "p80": float(np.percentile(times, 80))}
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Our time over theirs: of the medians, and of the minima."""
+    return {"of_median": float(np.median(ours) / np.median(theirs)), "of_min": min(ours) / min(theirs)}
+
+
+def verdict(ratio: float, budget: float | None) -> str:
+    """Whether a ratio is at most its budget; "-" where there is none."""
+    return "-" if budget is None else "met" if ratio <= budget else "**MISSED**"
+
+
+def print_profile(call: Callable[[], Any]) -> None:
+    """Runs `call` under cProfile and prints where its time went."""
+    profile = cProfile.Profile()
+    with profile:
+        call()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 
 class Stopwatch:
@@ -161,11 +227,44 @@ def command_line(script: str, arguments: Sequence[str]) -> str:
     return shlex.join([f"{Path(sys.prefix).name}/bin/python", script, *arguments])
 
 
+def spread(times: Mapping[str, float], digits: int = 1) -> str:
+    """A `summary` in one cell."""
+    return " / ".join(f"{times[key]:.{digits}f}" for key in ("min", "median", "p80"))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Floats get one decimal place; give strings for another form."""
     cells = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """`describe_machine` in one line, for the end of a report."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, L3 {machine['l3_cache']}, {machine['memory_gib']} GiB, "
+        f"transparent huge pages {machine['transparent_huge_pages']}, {machine['system']}; load at start "
+        f"{machine['load_average_at_start']}; {versions}; commit {machine['commit']}. Every time is in the JSON file "
+        "beside."
+    )
+
+
+def conclude(
+    out: Path, script: str, argv: Sequence[str] | None, results: dict[str, Any], render: Callable[[dict], str]
+) -> dict[str, Any]:
+    """Adds the command, load and peak memory, writes both files, prints the Markdown; what stands in the JSON file."""
+    results = {
+        "command": command_line(f"benchmarks/{Path(script).name}", sys.argv[1:] if argv is None else argv),
+        **results,
+        "load_average_at_end": [round(load, 2) for load in os.getloadavg()],
+        "peak_gib": peak_gib(),
+    }
+    results = json.loads(json.dumps(results))
+    markdown = render(results)
+    write_results(out, results, markdown)
+    print(markdown)
+    return results
 
 
 def write_results(stem: Path, results: dict[str, Any], markdown: str) -> None:

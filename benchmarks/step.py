@@ -1,229 +1,79 @@
-"""The time of one training step: a cached table collection against torch with the whole table in RAM.
+"""The time of one training step: a cached table collection against peers, those with the whole table in RAM included.
 
-    python benchmarks/step.py [--scale 1.0] [--threads 2] [--optimizers sgd] [--huge-pages] [--profile]
+    python benchmarks/step.py [--peers torch fbgemm colossal] [--threads 1 2] [--optimizers sgd] [--huge-pages]
+    python benchmarks/step.py --scale 0.05 --steps 5        # a trial
 
-A step is prepare + forward + backward + optimizer + zero_grad through autograd, with an output of its own that the
-caller might keep. The load has the shape of Criteo's Kaggle set: 26 tables, one id a bag, ids as skewed as there (the
-calibrated generator of examples/dlrm), a cache of 1.5 % of the rows ordered by the counts of 20 earlier batches, real
-misses.
+The load has the shape of Criteo's Kaggle set (`load`): 33,762,577 rows, ids as skewed as there, a cache of 1.5 % of the
+rows ordered by the counts of 20 earlier batches, real misses. Who trains, and what a step is, stands in `contenders`.
 
-Ours is FreqAwareEmbeddingBagCollection with a row optimizer. Torch is ONE nn.EmbeddingBag(sparse=True) over the tables
-laid end to end, with joined ids made beforehand: its fastest form, 26 modules and a torch.stack are slower. Its ids are
-sample-major, so that its output, too, is (B, T, D). Row-wise Adagrad has no form in torch: it is held against Adagrad.
+For each optimizer there are two runs: ours among its peers, and ours under Lookahead among them. In a run all take
+turns at every batch, first with one number of threads, then with the next. Tables are built anew for each run, and one
+run's fit into 20 GiB at full scale.
 
-What the run checks of itself: hits and misses of each table are those of a plain simulation of the policy, and the
-trained tables agree. Belady's optimum for the same slots, which knows every batch to come, is the floor of the misses.
+What a run checks of itself: hits and misses of each table are those of a plain simulation of the policy (for Colossal-
+AI's cache the missed rows; with Lookahead, that they are at least Belady's); the trained tables of all agree within
+rounding, and those of ours with and without Lookahead bit for bit. Belady's optimum for the same slots, which knows
+every batch to come, is the floor of the misses.
 
-Shapes: B samples, T tables, N = B * T ids in a batch, D embedding width, R rows of all tables, C slots.
+Shapes: B samples, T tables, N = B * T ids in a batch, D embedding width, R rows of all tables, C slots, S steps.
 """
 
 import argparse
 import contextlib
-import cProfile
 import gc
-import json
+import hashlib
 import os
-import pstats
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
+from contenders import (
+    CHUNK,
+    OPTIMIZERS,
+    PEERS,
+    Cached,
+    Contender,
+    LookingAhead,
+    cuda_calls_redirected,
+    initial_weights,
+    installed_versions,
+)
 from harness import (
-    REPOSITORY,
+    HUGE_PAGES,
     Stopwatch,
-    command_line,
+    argument_parser,
+    conclude,
+    default_out,
     describe_machine,
     interleaved,
+    machine_line,
     markdown_table,
-    peak_gib,
+    print_profile,
+    ratio_of,
+    restart_with_huge_pages,
+    spread,
     summary,
-    write_results,
+    verdict,
 )
-from torch import nn
+from load import PRESET, StepBatch, World, frequency_rows, make_world, simulate
 
 import colossal_freqcache
-from colossal_freqcache import FreqAwareEmbeddingBagCollection, optim
+from colossal_freqcache import FreqAwareEmbeddingBagCollection
+from colossal_freqcache.metrics import CacheStats
 
-sys.path.insert(0, str(REPOSITORY / "examples" / "dlrm"))
-
-from data_synthetic import SyntheticData
-
-LEARNING_RATE = 0.05
-OPTIMIZERS = {  # name: (ours, torch's)
-    "sgd": (optim.SGD, torch.optim.SGD),
-    "adagrad": (optim.Adagrad, torch.optim.Adagrad),
-    "rowwise_adagrad": (optim.RowWiseAdagrad, torch.optim.Adagrad),
+BUDGETS = {  # (optimizer, peer): our median over the peer's, at full scale
+    ("sgd", "torch"): 0.30,
+    ("adagrad", "torch"): 0.20,
+    ("sgd", "fbgemm"): 0.50,
+    ("rowwise_adagrad", "fbgemm"): 0.60,
+    ("sgd", "colossal"): 0.20,
 }
+VARIANTS = ("ours", "ours+lookahead")
 # Per sqrt(1 + look-ups of the row): torch's SGD adds a row's gradients to it one by one, we add them up first.
 # One update of a row that was looked up once is about 250 times that.
 TOLERANCE = 2e-6
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's own switch: its allocator asks for huge pages, as numpy's does by itself
-
-
-# ---- the load -------------------------------------------------------------------------------------------------------
-
-
-class StepBatch(NamedTuple):
-    """One batch in the form of each side.
-
-    values: (N,) ids local to their table, table-major. joined: (N,) ids of the whole, sample-major. offsets: (N,)."""
-
-    values: torch.Tensor
-    joined: torch.Tensor
-    offsets: torch.Tensor
-
-
-class World(NamedTuple):
-    """table_sizes: T ints. big_tables: those whose skew was fitted. counts: (R,). batches: after the counted ones."""
-
-    table_sizes: list[int]
-    big_tables: list[int]
-    counts: np.ndarray
-    batches: list[StepBatch]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.table_sizes)
-
-
-def make_world(scale: float, batch_size: int, num_counted: int, num_batches: int, seed: int) -> World:
-    data = SyntheticData("kaggle", scale=scale, num_train=(num_counted + num_batches) * batch_size, seed=seed)
-    num_tables = len(data.table_sizes)
-    first_id = np.cumsum([0, *data.table_sizes[:-1]])[:, None]
-    counts = np.zeros(sum(data.table_sizes), np.int64)
-    offsets = torch.arange(num_tables * batch_size)
-    batches = []
-    for number, batch in enumerate(data.train_batches(batch_size)):
-        joined = batch.values.reshape(num_tables, batch_size) + first_id
-        if number < num_counted:
-            counts += np.bincount(joined.reshape(-1), minlength=counts.size)
-        else:
-            sample_major = torch.from_numpy(np.ascontiguousarray(joined.T).reshape(-1))
-            batches.append(StepBatch(torch.from_numpy(batch.values), sample_major, offsets))
-    return World(data.table_sizes, sorted(data.preset.fits), counts, batches)
-
-
-# ---- what the misses must be, and could be --------------------------------------------------------------------------
-
-
-def frequency_rows(counts: np.ndarray) -> np.ndarray:
-    """row_of_id (R,): 0 for the most counted id, equal ones by id."""
-    row_of_id = np.empty(counts.size, np.int64)
-    row_of_id[np.argsort(-counts, kind="stable")] = np.arange(counts.size)
-    return row_of_id
-
-
-def simulate(world: World, num_warm: int, num_slots: int, belady: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(occurrences missed by step and table (S, T), rows missed by step (S,)).
-
-    The cache has `num_slots` and starts with the `num_warm` most counted rows.
-
-    A step's rows must all be resident; for those that are not, the resident rows of the highest priority to leave go:
-    the least counted ones, or with `belady` those whose next use is farthest."""
-    row_of_id = frequency_rows(world.counts)
-    num_tables = len(world.table_sizes)
-    unique_rows = [np.unique(row_of_id[batch.joined.numpy()]) for batch in world.batches]
-    resident = np.zeros(world.num_rows, np.bool_)
-    resident[:num_warm] = True
-    num_resident = num_warm
-    never = len(unique_rows)
-    next_use = np.full(world.num_rows, never, np.int32)  # after the step at hand
-    following = [np.empty(0, np.int32)] * len(unique_rows)  # by step, the use after that of its rows
-    for number in range(never - 1, -1, -1):
-        following[number] = next_use[unique_rows[number]]
-        next_use[unique_rows[number]] = number
-    missed = np.zeros((never, num_tables), np.int64)
-    missed_rows = np.zeros(never, np.int64)
-    for number, (batch, unique) in enumerate(zip(world.batches, unique_rows, strict=True)):
-        missed[number] = (~resident[row_of_id[batch.joined.numpy()]]).reshape(-1, num_tables).sum(axis=0)
-        absent = unique[~resident[unique]]
-        missed_rows[number] = absent.size
-        num_victims = max(0, num_resident + absent.size - num_slots)
-        resident[unique] = False  # they stay: not candidates
-        candidates = np.flatnonzero(resident)
-        if num_victims and belady:
-            victims = candidates[np.argpartition(-next_use[candidates], num_victims - 1)[:num_victims]]
-        else:
-            victims = candidates[candidates.size - num_victims :]
-        resident[victims] = False
-        resident[unique] = True
-        num_resident += absent.size - num_victims
-        next_use[unique] = following[number]
-    return missed, missed_rows
-
-
-# ---- the contenders -------------------------------------------------------------------------------------------------
-
-
-class Contender:
-    """One step, in parts that can be timed apart. `grad` (B, T, D) is what a model above would send back."""
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, grad: torch.Tensor) -> None:
-        self.module = module
-        self.optimizer = optimizer
-        self.grad = grad
-
-    def forward(self, batch: StepBatch) -> torch.Tensor:
-        """(B, T, D)"""
-        raise NotImplementedError
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def step(self, batch: StepBatch) -> None:
-        out = self.forward(batch)
-        out.backward(self.grad)
-        self.update()
-
-
-class Uncached(Contender):
-    def forward(self, batch: StepBatch) -> torch.Tensor:
-        return self.module(batch.joined, batch.offsets).view(self.grad.shape)
-
-
-class Cached(Contender):
-    def forward(self, batch: StepBatch) -> torch.Tensor:
-        return self.module(batch.values, batch.offsets)
-
-
-def make_pair(name: str, world: World, dim: int, cache_ratio: float, seed: int) -> tuple[Cached, Uncached]:
-    """Ours and torch's, with the same initial weights."""
-    ours, theirs = OPTIMIZERS[name]
-    batch_size = world.batches[0].values.numel() // len(world.table_sizes)
-    torch.manual_seed(seed)
-    whole = nn.EmbeddingBag(world.num_rows, dim, mode="sum", sparse=True)
-    grad = torch.randn(batch_size, len(world.table_sizes), dim) * 0.01
-    bags = FreqAwareEmbeddingBagCollection(
-        world.table_sizes,
-        dim,
-        mode="sum",
-        cache_ratio=cache_ratio,
-        ids_freq_mapping=world.counts,
-        optimizer=name,
-        _weight=whole.weight.detach().split(world.table_sizes),
-    )
-    return (
-        Cached(bags, ours(bags.parameters(), lr=LEARNING_RATE), grad),
-        Uncached(whole, theirs(whole.parameters(), lr=LEARNING_RATE), grad),
-    )
-
-
-def largest_difference(cached: Cached, uncached: Uncached, world: World, num_steps: int) -> tuple[float, float]:
-    """(largest absolute difference of a weight to torch's after `num_steps`, the largest in units of its tolerance)."""
-    joined = torch.cat([batch.joined for batch in world.batches[:num_steps]])
-    unit = TOLERANCE * (1 + torch.bincount(joined, minlength=world.num_rows)).double().sqrt()
-    differences = [
-        (cached.module.logical_weight(number) - table).abs().amax(dim=1)
-        for number, table in enumerate(uncached.module.weight.detach().split(world.table_sizes))
-    ]
-    of_row = torch.cat(differences)
-    return float(of_row.max()), float((of_row / unit).max())
 
 
 # ---- where our time goes --------------------------------------------------------------------------------------------
@@ -245,10 +95,11 @@ PHASES = (
     ("_cache.slots", "mark", "dirty bits", None),
     ("_cache.slots", "unmark", "dirty bits", None),
     ("_cache.kernels", "pool", "kernel, with the pages of its output", None),
+    ("_cache.kernels", "order_slots", "sort by slot", None),
     ("_cache.kernels", "pool_backward", "kernel", None),
-    ("_cache.kernels", "update_sgd", "kernel", None),
-    ("_cache.kernels", "update_adagrad", "kernel", None),
-    ("_cache.kernels", "update_rowwise_adagrad", "kernel", None),
+    ("_cache.kernels", "update_sgd", "kernel of the update", None),
+    ("_cache.kernels", "update_adagrad", "kernel of the update", None),
+    ("_cache.kernels", "update_rowwise_adagrad", "kernel of the update", None),
 )
 GROUPS = ("prepare", "forward", "backward", "optimizer", "release")
 
@@ -272,7 +123,7 @@ def phase_times(cached: Cached, batches: Sequence[StepBatch]) -> dict[str, dict[
         for batch in batches:
             with watch.phase("glue and autograd", "forward"):
                 out = cached.forward(batch)
-            with watch.phase("glue, sort by slot, autograd", "backward"):
+            with watch.phase("glue and autograd", "backward"):
                 out.backward(cached.grad)
             with watch.phase("glue, release of the slots", "optimizer"):
                 cached.update()
@@ -292,219 +143,367 @@ def phase_times(cached: Cached, batches: Sequence[StepBatch]) -> dict[str, dict[
     return groups
 
 
-def print_profile(cached: Cached, batches: Sequence[StepBatch]) -> None:
-    profile = cProfile.Profile()
-    with profile:
-        for batch in batches:
-            cached.step(batch)
-    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-
-
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def run_pair(name: str, world: World, args: argparse.Namespace) -> dict[str, Any]:
-    """Times ours and torch's `name` in turn over the world's batches; the last ones go to the phases of ours.
+class Expected(NamedTuple):
+    """Of a cache that evicts by counts: occurrences missed (S, T), rows missed (S,); and the rows Belady's misses."""
+
+    missed: np.ndarray
+    rows: np.ndarray
+    belady_rows: np.ndarray
+
+
+class Counted:
+    """What a cache's counters rose by since this was made."""
+
+    def __init__(self, stats: CacheStats) -> None:
+        self.stats = stats
+        self.before, self.before_per_table = stats.as_dict(), stats.misses_per_table.copy()
+
+    def totals(self) -> dict[str, int]:
+        now = self.stats.as_dict()
+        return {name: now[name] - before for name, before in self.before.items() if name != "hit_ratio"}
+
+    def misses_per_table(self) -> np.ndarray:
+        return self.stats.misses_per_table - self.before_per_table
+
+
+def build(
+    optimizer: str, variant: str, peers: Sequence[str], world: World, num_slots: int, args: argparse.Namespace
+) -> dict[str, Contender]:
+    """By name, ours first; all with the same initial weights. Torch comes last, since it trains them themselves."""
+    initial = initial_weights(world, args.dim, args.seed)
+    grad = torch.randn(world.batch_size, world.num_tables, args.dim) * 0.01
+    common = (optimizer, world, initial, num_slots, grad)
+    if variant == "ours":
+        ours = Cached(*common, fused=args.fused)
+    else:
+        ours = LookingAhead(*common, batches=world.batches, window=args.window, fused=args.fused)
+    built = {peer: PEERS[peer](*common) for peer in sorted(peers, key=lambda peer: peer == "torch")}
+    return {variant: ours, **{peer: built[peer] for peer in peers}}
+
+
+def run_group(
+    optimizer: str,
+    variant: str,
+    peers: Sequence[str],
+    world: World,
+    num_slots: int,
+    expected: Expected,
+    args: argparse.Namespace,
+) -> tuple[list[dict[str, Any]], str]:
+    """(what was measured, by number of threads; a digest of our trained table): one interleaved run.
 
     Raises:
-        RuntimeError: hits or misses are not those of the simulation, or the trained tables differ.
+        RuntimeError: hits or misses are not the expected ones, or the trained tables differ.
     """
-    gc.collect()  # the tables of the pair before sit in reference cycles
-    cached, uncached = make_pair(name, world, args.dim, args.cache_ratio, args.seed)
-    bags = cached.module
-    num_warm = bags.num_slots
-    steps = {"ours": cached.step, "torch": uncached.step}
-    first_timed, first_apart = args.dropped, args.dropped + args.steps
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*it grows to.*")  # the slots are reported
-        interleaved(steps, world.batches[:1])
-        num_slots = bags.num_slots
-        interleaved(steps, world.batches[1:first_timed])
-    bags.stats.reset()
-    times = interleaved(steps, world.batches[first_timed:first_apart])
-    stats = bags.stats.as_dict()
-    missed, missed_rows = (found[first_timed:first_apart] for found in simulate(world, num_warm, num_slots, False))
-    _, belady = simulate(world, num_warm, num_slots, True)
-    if bags.num_slots != num_slots:
-        raise RuntimeError(f"the cache grew from {num_slots} to {bags.num_slots} slots while timed: give it more")
-    num_ids = world.batches[0].values.numel()
-    expected = {
-        "hits": args.steps * num_ids - int(missed.sum()),
-        "misses": int(missed.sum()),
-        "misses_unique": int(missed_rows.sum()),
-    }
-    measured = {key: stats[key] for key in expected}
-    if measured != expected or (bags.stats.misses_per_table != missed.sum(axis=0)).any():
-        raise RuntimeError(f"{name}: the cache counted {measured}, a simulation of its policy {expected}")
-    difference = None
-    if name != "rowwise_adagrad":
-        difference, in_tolerances = largest_difference(cached, uncached, world, first_apart)
-        if in_tolerances > 1:
-            raise RuntimeError(
-                f"{name}: a row differs from torch's by {in_tolerances:.1f} times what rounding explains"
+    gc.collect()  # the tables of the run before sit in reference cycles
+    per_block = args.dropped + args.steps
+    num_trained = per_block * len(args.threads)
+    with cuda_calls_redirected() if "colossal" in peers else contextlib.nullcontext():
+        contenders = build(optimizer, variant, peers, world, num_slots, args)
+        bags = contenders[variant].module
+        steps = {name: contender.step for name, contender in contenders.items()}
+        measured = []
+        for number, threads in enumerate(args.threads):
+            torch.set_num_threads(threads)
+            timed = slice(number * per_block + args.dropped, (number + 1) * per_block)
+            interleaved(steps, world.batches[number * per_block : timed.start])
+            counted = Counted(bags.stats)
+            times = interleaved(steps, world.batches[timed])
+            check_counts(variant, counted, expected, timed)
+            measured.append(
+                {"optimizer": optimizer, "ours": variant, "threads": threads, "contenders": list(contenders)}
+                | {"ms": {name: summary(of_one) for name, of_one in times.items()}}
+                | what_was_missed(counted, expected, timed, world)
+                | {"against": {peer: compare_times(optimizer, peer, times[variant], times[peer]) for peer in peers}}
+                | {"all_ms": {name: [round(ms, 3) for ms in of_one] for name, of_one in times.items()}}
             )
-    ours, torchs = np.array(times["ours"]), np.array(times["torch"])
-    big = world.big_tables
-    result = {
-        "ms": {side: summary(of_side) for side, of_side in times.items()},
-        "ratio": {
-            "of_min": ours.min() / torchs.min(),
-            "of_median": float(np.median(ours) / np.median(torchs)),
-            "median_of_steps": float(np.median(ours / torchs)),
-        },
-        "torch_optimizer": type(uncached.optimizer).__name__,
-        "num_slots_at_start": num_warm,
-        "num_slots": num_slots,
-        "row_bytes": bags._cache.layout.row_bytes,
-        "hit_ratio": stats["hit_ratio"],
-        "hit_ratio_big_tables": 1 - float(missed[:, big].sum()) / (args.steps * num_ids / missed.shape[1] * len(big)),
-        "per_step": {
-            key: stats[key] / args.steps
-            for key in ("misses", "misses_unique", "rows_fetched", "rows_written_back", "bytes_fetched")
-        }
-        | {"belady_misses_unique": float(belady[first_timed:first_apart].mean())},
-        "largest_difference_to_torch": difference,
-        "device_bytes": bags.device_bytes(),
-        "all_ms": {side: [round(ms, 3) for ms in of_side] for side, of_side in times.items()},
+        for contender in contenders.values():
+            contender.close()
+    if bags.num_slots != num_slots:
+        raise RuntimeError(f"the cache grew from {num_slots} to {bags.num_slots} slots: give it more")
+    if "colossal" in peers:
+        check_colossal(contenders["colossal"], world, num_slots, num_trained)
+    differences, digest = compare_tables(contenders, world, num_trained)
+    for run in measured:
+        run["row_bytes"], run["device_bytes"] = bags._cache.layout.row_bytes, bags.device_bytes()
+        run["table_digest"] = digest
+        for peer in peers:
+            run["against"][peer]["largest_difference"] = differences[peer]
+    ours = contenders.pop(variant)
+    del contenders, steps
+    if isinstance(ours, LookingAhead):
+        add_parts(measured, ours, args)
+    else:
+        add_phases(measured, ours, world.batches[num_trained:], args)
+    return measured, digest
+
+
+def check_counts(variant: str, counted: Counted, expected: Expected, timed: slice) -> None:
+    """Of ours: exactly what the simulation says; with Lookahead, at least what Belady's optimum misses up to there."""
+    if variant != "ours":
+        belady = int(expected.belady_rows[: timed.stop].sum())
+        if counted.stats.misses_unique < belady:
+            raise RuntimeError(f"{variant}: {counted.stats.misses_unique} rows missed, Belady's optimum {belady}")
+        return
+    missed = expected.missed[timed]
+    simulated = {"misses": int(missed.sum()), "misses_unique": int(expected.rows[timed].sum())}
+    found = {name: counted.totals()[name] for name in simulated}
+    if found != simulated or (counted.misses_per_table() != missed.sum(axis=0)).any():
+        raise RuntimeError(f"the cache counted {found}, a simulation of its policy {simulated}")
+
+
+def check_colossal(colossal: Contender, world: World, num_slots: int, num_trained: int) -> None:
+    _, missed_rows = simulate(world, colossal.row_of_id, num_slots, num_trained, belady=False)
+    if colossal.rows_missed != missed_rows.tolist():
+        found, simulated = sum(colossal.rows_missed), missed_rows.sum()
+        raise RuntimeError(f"Colossal-AI's cache missed {found} rows, a simulation of its policy {simulated}")
+
+
+def what_was_missed(counted: Counted, expected: Expected, timed: slice, world: World) -> dict[str, Any]:
+    num_steps = timed.stop - timed.start
+    totals, per_table = counted.totals(), counted.misses_per_table()
+    per_step = {name: total / num_steps for name, total in totals.items()}
+    miss_ratios = per_table / (num_steps * world.batch_size)
+    return {
+        "hit_ratio": totals["hits"] / (totals["hits"] + totals["misses"]),
+        "hit_ratio_big_tables": 1 - float(miss_ratios[sorted(PRESET.fits)].mean()),
+        "miss_ratio_per_table": miss_ratios.tolist(),
+        "per_step": per_step | {"belady_misses_unique": float(expected.belady_rows[timed].mean())},
     }
-    del uncached, steps
-    result["phases"] = phase_times(cached, world.batches[first_apart:])
-    if args.profile:
-        print_profile(cached, world.batches[first_timed:first_apart])
-    return result
 
 
-def as_markdown(results: dict[str, Any]) -> str:
-    settings, machine, world = results["settings"], results["machine"], results["world"]
-    pairs = results["optimizers"]
+def compare_times(optimizer: str, peer: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    ratio, budget = ratio_of(ours, theirs), BUDGETS.get((optimizer, peer))
+    return {"ratio": ratio, "budget": budget, "verdict": verdict(ratio["of_median"], budget)}
 
-    def spread(ms: dict[str, float]) -> str:
-        return " / ".join(f"{ms[key]:.1f}" for key in ("min", "median", "p80"))
 
-    times = markdown_table(
-        ["min / median / p80, ms", "ours", "torch", "ratio of medians", "ratio of minima", "median ratio of a step"],
-        [
-            [f"{name} (torch: {pair['torch_optimizer']})", spread(pair["ms"]["ours"]), spread(pair["ms"]["torch"])]
-            + [f"{pair['ratio'][key]:.3f}" for key in ("of_median", "of_min", "median_of_steps")]
-            for name, pair in pairs.items()
-        ],
+def compare_tables(
+    contenders: dict[str, Contender], world: World, num_trained: int
+) -> tuple[dict[str, dict[str, float]], str]:
+    """({peer: the largest difference of a weight to ours, and the largest in units of its tolerance}, digest of ours).
+
+    Raises:
+        RuntimeError: a row differs by more than rounding explains.
+    """
+    joined = torch.cat([batch.joined for batch in world.batches[:num_trained]])
+    unit = TOLERANCE * (1 + torch.bincount(joined, minlength=world.num_rows)).float().sqrt()
+    ours, *peers = contenders
+    digest = hashlib.sha256()
+    found = {peer: {"weight": 0.0, "tolerances": 0.0} for peer in peers}
+    for first in range(0, world.num_rows, CHUNK):
+        last = min(first + CHUNK, world.num_rows)
+        rows = contenders[ours].rows(first, last)
+        digest.update(rows.contiguous().numpy())
+        for peer in peers:
+            of_row = (rows - contenders[peer].rows(first, last)).abs().amax(dim=1)
+            largest = {"weight": float(of_row.max()), "tolerances": float((of_row / unit[first:last]).max())}
+            found[peer] = {name: max(found[peer][name], value) for name, value in largest.items()}
+    for peer, largest in found.items():
+        if not largest["tolerances"] <= 1:
+            raise RuntimeError(f"a row of {peer}'s differs from ours by {largest['tolerances']:.1f} tolerances")
+    return found, digest.hexdigest()
+
+
+def add_phases(
+    measured: list[dict[str, Any]], ours: Cached, batches: Sequence[StepBatch], args: argparse.Namespace
+) -> None:
+    for number, run in enumerate(measured):
+        torch.set_num_threads(run["threads"])
+        run["phases"] = phase_times(ours, batches[number * args.apart : (number + 1) * args.apart])
+        if args.profile:
+            print_profile(lambda: [ours.step(batch) for batch in batches[: args.apart]])
+
+
+def add_parts(measured: list[dict[str, Any]], ours: LookingAhead, args: argparse.Namespace) -> None:
+    """Of the timed steps of each block: what took how long."""
+    by_block = np.array(ours.parts).reshape(len(measured), -1, 3)[:, args.dropped :]
+    for run, parts in zip(measured, by_block, strict=True):
+        names = ("ask for the batch", "train", "wait for what is left")
+        run["parts"] = {name: summary(of_part) for name, of_part in zip(names, parts.T, strict=True)}
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def times_table(runs: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [run["optimizer"], run["ours"], peer, run["threads"], spread(run["ms"][run["ours"]]), spread(run["ms"][peer])]
+        + [f"{against['ratio'][key]:.3f}" for key in ("of_median", "of_min")]
+        + ["-" if against["budget"] is None else f"{against['budget']:.2f}", against["verdict"]]
+        for run in runs
+        for peer, against in run["against"].items()
+    ]
+    header = ["optimizer", "ours", "peer", "threads", "ours, ms", "peer, ms", "ratio of medians", "of minima", "budget"]
+    return markdown_table([*header, ""], rows)
+
+
+def misses_table(runs: Sequence[dict[str, Any]]) -> str:
+    names = ("misses_unique", "belady_misses_unique", "rows_fetched", "rows_written_back")
+    rows = [
+        [run["optimizer"], run["ours"], run["threads"], f"{run['hit_ratio']:.4f}", f"{run['hit_ratio_big_tables']:.4f}"]
+        + [f"{run['per_step'][name]:.0f}" for name in names]
+        for run in runs
+    ]
+    header = ["a step", "ours", "threads", "hit ratio", "of the big tables"]
+    return markdown_table([*header, "rows missed", "Belady", "fetched", "written back"], rows)
+
+
+def tables_table(runs: Sequence[dict[str, Any]], table_sizes: Sequence[int]) -> str:
+    """Miss ratio by table; the optimizers share a column, since their misses are the same."""
+    columns = {(run["ours"], run["threads"]): run["miss_ratio_per_table"] for run in runs}
+    rows = [
+        [f"{number}", f"{size:,}", *(f"{miss_ratios[number]:.4f}" for miss_ratios in columns.values())]
+        for number, size in enumerate(table_sizes)
+    ]
+    return markdown_table(["table", "rows", *(f"{ours}, {threads} thr." for ours, threads in columns)], rows)
+
+
+def parts_table(runs: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [run["optimizer"], run["threads"], *(spread(part, 2) for part in run["parts"].values())]
+        for run in runs
+        if "parts" in run
+    ]
+    return markdown_table(
+        ["ours+lookahead, ms", "threads", "ask for the batch", "train", "wait for what is left"], rows
     )
-    moved = markdown_table(
-        ["a step", "slots (at start)", "hit ratio", "big tables", "rows missed", "Belady", "fetched", "written back"],
-        [
-            [name, f"{pair['num_slots']} ({pair['num_slots_at_start']})", f"{pair['hit_ratio']:.4f}"]
-            + [f"{pair['hit_ratio_big_tables']:.4f}"]
-            + [
-                f"{pair['per_step'][key]:.0f}"
-                for key in ("misses_unique", "belady_misses_unique", "rows_fetched", "rows_written_back")
-            ]
-            for name, pair in pairs.items()
-        ],
-    )
-    names = list(pairs)
+
+
+def phases_table(runs: Sequence[dict[str, Any]]) -> str:
+    with_phases = [run for run in runs if "phases" in run]
     rows = []
     for group in GROUPS:
-        of_group = [pairs[name]["phases"][group] for name in names]
+        of_group = [run["phases"][group] for run in with_phases]
         rows.append([f"**{group}**"] + [f"**{found['total']['median']:.2f}**" for found in of_group])
         for phase in dict.fromkeys(phase for found in of_group for phase in found["median_by_phase"]):
             rows.append([phase] + [f"{found['median_by_phase'].get(phase, 0.0):.2f}" for found in of_group])
-    grown = world["rows_per_step"] > min(pair["num_slots_at_start"] for pair in pairs.values())
-    notes = [
-        f"{world['num_tables']} tables, {world['num_rows']} rows x {settings['dim']} float32, batch "
-        f"{settings['batch_size']}, one id a bag; a step has {world['rows_per_step']:.0f} distinct rows. Cache "
-        f"{settings['cache_ratio']:.1%} of the rows, ordered by the counts of {settings['counted']} earlier batches. "
-        f"{settings['steps']} steps timed in turn, ours and torch's, after {settings['dropped']} dropped ones; "
-        f"{settings['threads']} thread(s).",
-        "Torch is one `nn.EmbeddingBag(sparse=True)` over the tables laid end to end, ids joined beforehand: its "
-        "fastest form. Row-wise Adagrad is held against torch's Adagrad.",
-        "Torch's outputs are faulted in by "
-        + ("huge pages, as ours are." if settings["huge_pages"] else "4-KiB pages, ours by huge ones; `--huge-pages` "
-           "gives torch the same."),
-    ]  # fmt: skip
-    if grown:
-        notes.append(
-            "A step has more distinct rows than the slots at the start, so the cache grew at the first, dropped step: "
-            "every batch takes most of the slots. At larger scales it does not."
+    return markdown_table(["phase", *(f"{run['optimizer']}, {run['threads']} thr." for run in with_phases)], rows)
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    settings, world, runs = results["settings"], results["world"], results["runs"]
+    together = "; ".join(
+        dict.fromkeys(
+            f"{run['optimizer']}: {', '.join(run['contenders'])}" for run in runs if len(run["contenders"]) > 1
         )
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    )
+    worst = max(against["largest_difference"]["tolerances"] for run in runs for against in run["against"].values())
+    notes = [
+        f"{world['num_tables']} tables, {world['num_rows']:,} rows x {settings['dim']} float32, batch "
+        f"{settings['batch_size']:,}, one id a bag; a step has up to {world['most_distinct_rows']:,} distinct rows. "
+        f"{world['num_slots']:,} slots ({world['num_slots'] / world['num_rows']:.2%} of the rows; "
+        f"{settings['cache_ratio']:.1%}, or twice a step's distinct rows where those are more), ordered by the counts "
+        f"of {settings['counted']} earlier batches.",
+        f"{settings['steps']} steps timed after {settings['dropped']} dropped ones, for each number of threads; min / "
+        f"median / p80. In one interleaved run, all at each batch in turn: {together}.",
+        "Outputs of ours lie in huge pages; those of torch and of the peers "
+        + ("do so, too." if settings["huge_pages"] else "are faulted in by 4-KiB pages (see `--huge-pages`)."),
+        "Ours trains its rows in " + ("the backward (fused=True)." if settings["fused"] else "step() (see `--fused`)."),
+        f"Lookahead: window {settings['window']}, depth 1, with two threads of its own beside those of the column; "
+        "what they have left to do at the end of a step is waited for within the step.",
+        "torch: one `nn.EmbeddingBag(sparse=True)` over the tables laid end to end, ids joined beforehand. fbgemm: "
+        "`SplitTableBatchedEmbeddingBagsCodegen`, the optimizer fused. Both have the whole table in RAM.",
+        "colossal: Colossal-AI's `CachedEmbeddingBag`, its calls of CUDA redirected to the CPU (device, synchronise, "
+        "pin; a copy to the device is none), with our slots and counts.",
+        f"The trained tables agree: the largest difference of a row to ours is {worst:.2f} of the tolerance, "
+        f"{TOLERANCE:g} * sqrt(1 + its look-ups).",
+    ]  # fmt: skip
+    if settings["scale"] != 1:
+        notes.append("A trial: the budgets are for --scale 1.0.")
     return "\n\n".join(
         [
-            "# One training step, cached against uncached",
+            "# One training step, ours against its peers",
             f"`{results['command']}`",
             "\n".join(f"- {note}" for note in notes),
-            times,
-            moved,
+            times_table(runs),
+            misses_table(runs),
+            "Belady's optimum is the least from the first step on: in a window of it another may miss fewer, and the "
+            "rows that Lookahead missed are those of a batch later. Occurrences missed over looked up, by table:",
+            tables_table(runs, world["table_sizes"]),
+            "A step under Lookahead: asking for the batch finds victims and starts the moves for the next one.",
+            parts_table(runs),
             f"Ours apart, median ms over {settings['apart']} further steps with a clock around each call (own time; "
             "the timed steps above have none):",
-            markdown_table(["phase", *names], rows),
-            f"{machine['cpu']}, {machine['cores']} cores, L3 {machine['l3_cache']}, {machine['memory_gib']} GiB, "
-            f"transparent huge pages {machine['transparent_huge_pages']}, {machine['system']}; load at start "
-            f"{machine['load_average_at_start']}, at the end {machine['load_average_at_end']}; {versions}; commit "
-            f"{machine['commit']}; peak {results['peak_gib']} GiB. Every step's time is in the JSON file beside.",
+            phases_table(runs),
+            machine_line(results["machine"]),
+            f"Load at the end {results['load_average_at_end']}, peak {results['peak_gib']} GiB.",
         ]
     )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--scale", type=float, default=0.1, help="share of the rows of tables above 10,000 (1.0: 33.76 M)"
-    )
+    parser = argument_parser(__doc__, "the rows of tables above 10,000")
     parser.add_argument("--batch-size", type=int, default=16_384)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--cache-ratio", type=float, default=0.015)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=40, help="timed steps")
-    parser.add_argument("--dropped", type=int, default=4, help="steps before those, at least 1")
-    parser.add_argument("--apart", type=int, default=10, help="steps after those, timed by phase")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="one after the other in each run")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, for each number of threads")
+    parser.add_argument("--dropped", type=int, default=4, help="steps before those")
+    parser.add_argument("--apart", type=int, default=10, help="steps of ours after those, timed by phase")
     parser.add_argument("--counted", type=int, default=20, help="batches before all, for the counts")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=int, default=64, help="batches that Lookahead knows")
+    parser.add_argument("--fused", action="store_true", help="ours trains the rows inside the backward, as FBGEMM does")
     parser.add_argument("--huge-pages", action="store_true", help="torch's allocator asks for huge pages, too")
     parser.add_argument("--profile", action="store_true", help="print cProfile's view of further steps of ours")
-    parser.add_argument("--out", type=Path, help="results go to OUT.json and OUT.md; default: in benchmarks/results")
     args = parser.parse_args(argv)
-    if min(args.steps, args.dropped, args.apart, args.counted) < 1:
-        parser.error("--steps, --dropped, --apart and --counted must be at least 1")
+    if min(args.steps, args.dropped, args.apart, args.counted, args.window, *args.threads) < 1:
+        parser.error("--steps, --dropped, --apart, --counted, --window and --threads must be at least 1")
+    try:
+        installed_versions(args.peers)
+    except ValueError as error:
+        parser.error(str(error))
     if args.out is None:
-        stem = f"step-{torch.__version__.partition('+')[0]}"
-        for name, usual in (("scale", 0.1), ("threads", 1), ("huge_pages", False)):
-            if getattr(args, name) != usual:
-                stem += f"-{name.replace('_', '-')}" + ("" if usual is False else f"-{getattr(args, name)}")
-        args.out = REPOSITORY / "benchmarks" / "results" / stem
+        args.out = default_out("step", parser, args, "scale", "optimizers", "peers", "threads", "fused", "huge_pages")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs, writes the files, prints the Markdown; returns what stands in the JSON file."""
     args = parse(argv)
-    if args.huge_pages and os.environ.get(HUGE_PAGES) != "1":  # read once, at torch's first allocation: start again
-        os.environ[HUGE_PAGES] = "1"
-        os.execv(sys.executable, [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)])
+    if args.huge_pages:
+        restart_with_huge_pages(__file__, argv)
     args.huge_pages = os.environ.get(HUGE_PAGES) == "1"
-    torch.set_num_threads(args.threads)
     machine = describe_machine([torch, np, numba, colossal_freqcache])
-    world = make_world(args.scale, args.batch_size, args.counted, args.dropped + args.steps + args.apart, args.seed)
+    machine["versions"] |= installed_versions(args.peers)
+    num_trained = (args.dropped + args.steps) * len(args.threads)
+    num_after = max(args.window + 2, args.apart * len(args.threads))  # what Lookahead pulls ahead, what phases take
+    world = make_world(args.scale, args.batch_size, args.counted, num_trained + num_after, args.seed)
+    num_slots = world.num_slots(args.cache_ratio)
+    row_of_id = frequency_rows(world.counts)
+    expected = Expected(
+        *simulate(world, row_of_id, num_slots, num_trained, belady=False),
+        simulate(world, row_of_id, num_slots, num_trained, belady=True)[1],
+    )
+    del row_of_id
+    runs: list[dict[str, Any]] = []
+    for optimizer in args.optimizers:
+        peers = [peer for peer in args.peers if optimizer in PEERS[peer].optimizers]
+        digests = set()
+        for variant in VARIANTS if peers else ():
+            measured, digest = run_group(optimizer, variant, peers, world, num_slots, expected, args)
+            runs += measured
+            digests.add(digest)
+        if len(digests) > 1:
+            raise RuntimeError(f"{optimizer}: ours trained other tables with Lookahead than without")
     results = {
-        "command": command_line("benchmarks/step.py", sys.argv[1:] if argv is None else argv),
         "settings": {key: value for key, value in vars(args).items() if key != "out"},
         "machine": machine,
         "world": {
-            "num_tables": len(world.table_sizes),
+            "num_tables": world.num_tables,
             "num_rows": world.num_rows,
-            "big_tables": world.big_tables,
+            "big_tables": sorted(PRESET.fits),
             "table_sizes": world.table_sizes,
-            "rows_per_step": float(np.mean([batch.joined.unique().numel() for batch in world.batches[:5]])),
+            "most_distinct_rows": world.most_distinct_rows,
+            "num_slots": num_slots,
         },
-        "optimizers": {name: run_pair(name, world, args) for name in args.optimizers},
+        "runs": runs,
     }
-    machine["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
-    results["peak_gib"] = peak_gib()
-    results = json.loads(json.dumps(results))
-    markdown = as_markdown(results)
-    write_results(args.out, results, markdown)
-    print(markdown)
-    return results
+    return conclude(args.out, __file__, argv, results, as_markdown)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class Ahead:
             self._cache.policy.announce(self._cache.order.rows(wanted.ids.numpy()), self._slots_of(wanted))
 
     def _slots_of(self, wanted: WantedIds) -> np.ndarray:
-        return self._cache.slots.slot_of_id.numpy()[wanted.ids.numpy()] - 1
+        return self._cache.slots.slots_of(wanted.ids.numpy())
 
     def _advance(self, batch: _Coming, slots: np.ndarray) -> None:
         batch.advanced = True

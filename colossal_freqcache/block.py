@@ -12,11 +12,9 @@ A graph may die in any thread and inside any lock (garbage collection), so its f
 about to be accumulated).
 """
 
-import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -31,11 +29,18 @@ __all__ = ["CachedWeight", "Token", "cached_weight_of", "plain_mode"]
 HELD, SPENT, RELEASED = "held", "spent", "released"
 
 
-@contextlib.contextmanager
-def plain_mode() -> Iterator[None]:
+class plain_mode:
     """No gradients, and no inference tensors: what outlives a call must stay usable outside inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+
+    def __enter__(self) -> None:
+        self._modes = [torch.inference_mode(False), torch.no_grad()] if torch.is_inference_mode_enabled() else []
+        self._modes = self._modes or [torch.no_grad()]
+        for mode in self._modes:
+            mode.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*exception)
 
 
 def cached_weight_of(parameter: torch.Tensor) -> "CachedWeight | None":
@@ -388,11 +393,11 @@ class CachedWeight:
                 f"the gradient of a cached table is sparse over its {self.cache.ceiling} slots; found a "
                 f"{'sparse' if grad.is_sparse else 'dense'} one of shape {tuple(grad.shape)}"
             )
-        slots = grad._indices()[0]
+        slots = grad._indices()[0].clone()  # numpy() would make the storage of an empty gradient one that cannot grow
         again = self._is_stepped() and self._moves_at_step == self.cache.moves
         # A pin may be that of a batch that comes next, and of another row: without a token, nothing may have moved.
         held = not slots.numel() or bool(self._spent) or self.cache.moves == self._moves_at_backward
-        if not again and (self._is_stepped(grad) or not held or bool((self.cache.slots.pins[slots] == 0).any())):
+        if not again and (self._is_stepped(grad) or not held or not self.cache.slots.are_pinned(slots.numpy())):
             raise RuntimeError(
                 "this gradient was stepped, or taken out of .grad, before a later forward, and rows have moved since: "
                 "its slots hold other rows now. Call zero_grad() after step(), and step before the next forward"

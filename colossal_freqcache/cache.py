@@ -246,8 +246,9 @@ class RowCache:
         back, and a slot that was being filled is free until the fetch has returned.
         """
         planned = plan.slot_of_unique.numpy()
-        missing = np.flatnonzero(planned < 0)
-        resident = plan.slot_of_unique[plan.slot_of_unique >= 0] if missing.size else plan.slot_of_unique
+        is_missing = planned < 0
+        missing = np.flatnonzero(is_missing)
+        resident = torch.from_numpy(planned[~is_missing]) if missing.size else plan.slot_of_unique
         newly_pinned = self.kernels.add_pins(self.slots.pins, resident, 1)
         self.slots.num_pinned += newly_pinned
         try:

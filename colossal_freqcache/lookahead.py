@@ -13,6 +13,7 @@ pulled batches, one per cache moves records. Ids decide, timing never does (see 
 
 import contextlib
 import gc
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,7 +48,8 @@ def _shut_down(executor: ThreadPoolExecutor) -> None:
 
 
 def _end(module: _CachedBags, who: object) -> None:
-    module._end_look_ahead(who, _is_collected())
+    if not sys.is_finalizing():  # nothing can be imported or compiled any more, and nothing is left to hold rows for
+        module._end_look_ahead(who, _is_collected())
 
 
 class Lookahead:

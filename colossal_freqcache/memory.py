@@ -53,9 +53,11 @@ class RecycledArrays:
         self._unused = _references([_raw(0)], 0)
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-        """An array that nobody else refers to, on a cache line."""
+        """An array that nobody else refers to; on a cache line, if it is not a small one."""
         num_bytes = _num_bytes(shape, dtype)
-        if num_bytes < SMALLEST or not self._counts:
+        if num_bytes < SMALLEST:
+            return np.empty(shape, dtype)
+        if not self._counts:
             return aligned_empty(shape, dtype)
         with self._lock:
             kept = self._kept

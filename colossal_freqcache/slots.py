@@ -7,10 +7,44 @@ one is untouched zero pages. Source: MEASURED facts in docs/measured_facts.md (a
 
 import numpy as np
 import torch
+from numba import njit
+
+from .vectors import prefetch
 
 __all__ = ["FREE", "SlotTable"]
 
 FREE = -1
+AHEAD = 16  # places of the map asked for before they are needed
+
+
+@njit(cache=True, nogil=True)
+def _slots_of(ids, slot_of_id, slots):
+    for i in range(ids.size):
+        if i + AHEAD < ids.size:
+            prefetch(slot_of_id, ids[i + AHEAD])
+        slots[i] = slot_of_id[ids[i]] - 1
+
+
+@njit(cache=True, nogil=True)
+def _admit(ids, rows, slots, slot_of_id, id_of_slot, row_of_slot):
+    for i in range(slots.size):
+        if i + AHEAD < slots.size:
+            prefetch(slot_of_id, ids[i + AHEAD])
+        id_of_slot[slots[i]] = ids[i]
+        row_of_slot[slots[i]] = rows[i]
+        slot_of_id[ids[i]] = slots[i] + 1
+
+
+@njit(cache=True, nogil=True)
+def _evict(slots, slot_of_id, id_of_slot, row_of_slot, marks):
+    for i in range(slots.size):
+        if i + AHEAD < slots.size:
+            prefetch(slot_of_id, np.int64(id_of_slot[slots[i + AHEAD]]))
+        slot = slots[i]
+        slot_of_id[id_of_slot[slot]] = 0
+        id_of_slot[slot] = FREE
+        row_of_slot[slot] = FREE
+        marks[slot] = 0
 
 
 class SlotTable:
@@ -60,18 +94,30 @@ class SlotTable:
         self.marks = longer(self.marks, 0)
         self.pins = longer(self.pins, 0)
         self.num_slots = num_slots
+        self._marks, self._pins = self.marks.numpy(), self.pins.numpy()  # the same memory: numpy() takes its time
+        self._maps = self.slot_of_id.numpy(), self.id_of_slot.numpy(), self.row_of_slot.numpy()
+
+    def are_pinned(self, slots: np.ndarray) -> bool:
+        """Whether all of `slots` have pins."""
+        return bool((self._pins[slots] > 0).all())
+
+    def slots_of(self, ids: np.ndarray) -> np.ndarray:
+        """int32[n]: where the rows of int64 `ids` are, -1 where they are not resident."""
+        slots = np.empty(ids.size, np.int32)
+        _slots_of(ids, self._maps[0], slots)
+        return slots
 
     def mark(self, slots: np.ndarray, bit: np.uint8) -> None:
         """Sets a bit of `slots` (unique)."""
-        self.marks.numpy()[slots] |= bit
+        self._marks[slots] |= bit
 
     def unmark(self, slots: np.ndarray, bits: int) -> None:
         """Clears bits of `slots` (unique)."""
-        self.marks.numpy()[slots] &= np.uint8(~bits & 0xFF)
+        self._marks[slots] &= np.uint8(~bits & 0xFF)
 
     def marked(self, bits: np.uint8, slots: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Which of `slots` (default: all, O(C)) have one of the bits, bool."""
-        return (self.marks.numpy()[slots] & bits) != 0
+        return (self._marks[slots] & bits) != 0
 
     @property
     def num_free(self) -> int:
@@ -98,18 +144,13 @@ class SlotTable:
 
     def admit(self, ids: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
         """Row rows[i] of ids[i] now sits, clean, in the free slot slots[i]."""
-        self.id_of_slot.numpy()[slots] = ids
-        self.row_of_slot.numpy()[slots] = rows
-        self.slot_of_id.numpy()[ids] = slots + 1
+        _admit(ids, rows, slots, *self._maps)
         self.num_used += slots.size
 
     def evict(self, slots: np.ndarray) -> None:
         """The rows in `slots` leave; the store has their newest values, or a move will write them."""
-        assert not self.pins.numpy()[slots].any()
-        self.slot_of_id.numpy()[self.id_of_slot.numpy()[slots]] = 0
-        self.id_of_slot.numpy()[slots] = FREE
-        self.row_of_slot.numpy()[slots] = FREE
-        self.marks.numpy()[slots] = 0
+        assert not self._pins[slots].any()
+        _evict(slots, *self._maps, self._marks)
         self.num_used -= slots.size
         self._returned = np.concatenate([self._returned, slots])
 

@@ -11,6 +11,9 @@ import functools
 import gc
 import os
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -836,3 +839,19 @@ def test_ten_thousand_evaluations_leave_nothing(ahead):
         at_first, threads = resident_bytes(), threading.active_count()
         evaluate(10_000)
     assert resident_bytes() - at_first < 4 << 20 and threading.active_count() == threads
+
+
+def test_a_loop_left_in_the_middle_at_the_end_of_the_program():
+    """The interpreter finalizes the iterator when nothing can be compiled any more: it ends without a word."""
+    program = """
+        import torch
+        from colossal_freqcache import FreqAwareEmbeddingBag, Lookahead
+
+        bag = FreqAwareEmbeddingBag(100, 4, num_slots=30, mode="sum")
+        batches = [torch.arange(10 * n, 10 * n + 10).view(5, 2) for n in range(10)]
+        iterator = iter(Lookahead(batches, bag, ids=lambda batch: (batch,), window=4, depth=1))
+        bag(next(iterator))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

@@ -15,8 +15,11 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from ..vectors import prefetch
+
+AHEAD = 16  # places of a map asked for before they are needed
 ONE = np.uint64(1)
-BLOCK = 64  # rows taken at least before they are filtered: their look-ups in the maps then overlap in the memory system
+BLOCK = 64  # rows taken at least before they are filtered: their look-ups in the maps then overlap
 
 
 def highest_bit(word) -> int:
@@ -106,7 +109,7 @@ def _take_below(words, level_start, limit, rows):
 def _choose(words, level_start, num_rows, in_use, slot_of_id, id_of_row, victims, victim_rows):
     """Fill victims int32 (n,) and victim_rows int64 (n,) from the largest row down; return how many there were.
 
-    Takes many rows and looks them up map by map, in short loops whose cache misses overlap; what is in use is left out.
+    Takes many rows and looks them up map by map, asking for places ahead; what is in use is left out.
     """
     found = 0
     limit = np.int64(num_rows)
@@ -120,8 +123,12 @@ def _choose(words, level_start, num_rows, in_use, slot_of_id, id_of_row, victims
             places[:taken] = rows[:taken]
         else:
             for i in range(taken):
+                if i + AHEAD < taken:
+                    prefetch(id_of_row, rows[i + AHEAD])
                 places[i] = id_of_row[rows[i]]
         for i in range(taken):
+            if i + AHEAD < taken:
+                prefetch(slot_of_id, places[i + AHEAD])
             places[i] = slot_of_id[places[i]] - 1
         for i in range(taken):
             if in_use[places[i]] == 0 and found < victims.size:

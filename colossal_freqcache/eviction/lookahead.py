@@ -36,6 +36,8 @@ from collections import deque
 import numpy as np
 from numba import njit
 
+from ..vectors import prefetch
+
 OLDER, NEWER = 0, 1  # columns of links
 RINGS = 256
 STEPS = 16  # rings in a half-life: score' - t' for score - t = d rings is USED[d + BEHIND]
@@ -49,7 +51,19 @@ MEMORY_STEP = 4  # rings in one step of a remembered score, kept modulo 2^16
 MEMORIES = 2**16 - 1
 EXPECTED_AT_MARGIN = 5.0  # count expected of row C - 1, where the data set's counts are known
 STAMPS = 2**32 - 1
+COMING, SOON = 16, 8  # how far ahead places of rows and slots are asked for, and what those point to
 BATCH, NEXT, PREVIOUS = 0, 1, 2  # columns of entries: two batches, and how many entries before this one
+
+
+@njit(cache=True, nogil=True)
+def _expect(links, buckets, slots, i):
+    """Ask for the node of a slot behind slots[i], and for the neighbours of a nearer one, asked for before."""
+    if i + COMING < slots.size and slots[i + COMING] >= 0:
+        prefetch(links, 2 * (np.int64(slots[i + COMING]) + RINGS + buckets))
+    if i + SOON < slots.size and slots[i + SOON] >= 0:
+        node = np.int64(slots[i + SOON]) + RINGS + buckets
+        prefetch(links, 2 * np.int64(links[node, OLDER]))
+        prefetch(links, 2 * np.int64(links[node, NEWER]))
 
 
 @njit(cache=True, nogil=True)
@@ -81,7 +95,7 @@ def _place(links, scores, now, buckets, slot, batch, since):
     score = (now + since) & SCORES
     if batch > 0:
         scores[slot] = score | KNOWN
-        _append(links, RINGS + batch % buckets, node)
+        _append(links, RINGS + (batch & (buckets - 1)), node)
     else:
         scores[slot] = score
         _append(links, (now + since) % RINGS, node)
@@ -111,7 +125,7 @@ def _pass(links, now, steps):
 def _entry(last_entry, entry_rows, end, num_alive, row):
     """Number of the row's last entry if that is alive, else -1."""
     behind = (end - last_entry[row]) & STAMPS
-    if 1 <= behind <= num_alive and entry_rows[(end - behind) % entry_rows.size] == row:
+    if 1 <= behind <= num_alive and entry_rows[(end - behind) & (entry_rows.size - 1)] == row:
         return end - behind
     return np.int64(-1)
 
@@ -123,9 +137,9 @@ def _next_use(last_entry, entry_rows, entries, end, num_alive, row):
     if entry < 0:
         return np.int64(0)
     while True:
-        previous = np.int64(entries[entry % entry_rows.size, PREVIOUS])
+        previous = np.int64(entries[entry & (entry_rows.size - 1), PREVIOUS])
         if previous == 0 or previous > num_alive - (end - entry):
-            return np.int64(entries[entry % entry_rows.size, BATCH])
+            return np.int64(entries[entry & (entry_rows.size - 1), BATCH])
         entry -= previous
 
 
@@ -134,22 +148,30 @@ def _announce(links, scores, buckets, last_entry, entry_rows, entries, end, num_
     """Entries for rows int (n,) unique, where `slots` int32 (n,) holds them (-1: not resident)."""
     capacity = entry_rows.size
     for i in range(rows.size):
+        _expect(links, buckets, slots, i)
+        if i + COMING < rows.size:
+            prefetch(last_entry, np.int64(rows[i + COMING]))
+        if i + SOON < rows.size:
+            behind = (end - last_entry[rows[i + SOON]]) & STAMPS
+            if behind <= num_alive:
+                prefetch(entry_rows, (end - behind) & (capacity - 1))
+                prefetch(entries, 3 * ((end - behind) & (capacity - 1)))
         row = rows[i]
         number = end + i
         last = _entry(last_entry, entry_rows, number, num_alive + i, row)
-        at = number % capacity
+        at = number & (capacity - 1)
         entry_rows[at] = row
         entries[at, BATCH] = batch
         entries[at, NEXT] = 0
         entries[at, PREVIOUS] = 0
         last_entry[row] = number & STAMPS
         if last >= 0:
-            entries[last % capacity, NEXT] = batch
+            entries[last & (capacity - 1), NEXT] = batch
             entries[at, PREVIOUS] = number - last
         elif slots[i] >= 0:
             node = slots[i] + RINGS + buckets
             _unlink(links, node)
-            _append(links, RINGS + batch % buckets, node)
+            _append(links, RINGS + (batch & (buckets - 1)), node)
             scores[slots[i]] |= KNOWN
 
 
@@ -158,8 +180,9 @@ def _advance(links, scores, now, buckets, entry_rows, entries, first, slots, abs
     """Rows that are not resident go to `absent_rows`, their next use to `absent_next`; returns how many there are."""
     num_absent = 0
     for i in range(slots.size):
+        _expect(links, buckets, slots, i)
         slot = slots[i]
-        at = (first + i) % len(entries)
+        at = (first + i) & (len(entries) - 1)
         batch = np.int64(entries[at, NEXT])
         if slot >= 0:
             _unlink(links, slot + RINGS + buckets)
@@ -183,6 +206,10 @@ def _next_uses(last_entry, entry_rows, entries, end, num_alive, rows):
 @njit(cache=True, nogil=True)
 def _admit(links, scores, now, buckets, memory, expected, slots, rows, batches):
     for i in range(slots.size):
+        if i + COMING < slots.size:
+            prefetch(memory, np.int64(rows[i + COMING]))
+            if expected.size:
+                prefetch(expected, np.int64(rows[i + COMING]))
         row = rows[i]
         since = -BEHIND
         if memory[row] != 0:
@@ -194,7 +221,9 @@ def _admit(links, scores, now, buckets, memory, expected, slots, rows, batches):
 
 @njit(cache=True, nogil=True)
 def _touch(links, scores, now, buckets, slots):
-    for slot in slots:
+    for i in range(slots.size):
+        _expect(links, buckets, slots, i)
+        slot = slots[i]
         known = np.int64(scores[slot]) & KNOWN
         since = USED[_since(np.int64(scores[slot]) & SCORES, now, SCORES) + BEHIND]
         if known:
@@ -229,10 +258,13 @@ def _evict(links, scores, now, buckets, last_batch, memory, maps, victims):
     for before in range(buckets):
         if found == victims.size:
             break
-        found = _take(links, RINGS + (last_batch - before) % buckets, base, in_use, victims, found)
+        found = _take(links, RINGS + ((last_batch - before) & (buckets - 1)), base, in_use, victims, found)
     if found < victims.size:
         return found
-    for slot in victims:
+    for i in range(victims.size):
+        if i + COMING < victims.size:
+            prefetch(memory, np.int64(row_of_slot[victims[i + COMING]]))
+        slot = victims[i]
         _unlink(links, slot + base)
         since = _since(np.int64(scores[slot]) & SCORES, now, SCORES)
         memory[row_of_slot[slot]] = max(((now + since) // MEMORY_STEP) & MEMORIES, 1)
@@ -245,8 +277,8 @@ def _copy_rings(links, buckets, new_links, new_buckets, first_batch, num_batches
     for ring in range(RINGS + num_batches):
         old_ring, new_ring = ring, ring
         if ring >= RINGS:
-            old_ring = RINGS + (first_batch + ring - RINGS) % buckets
-            new_ring = RINGS + (first_batch + ring - RINGS) % new_buckets
+            old_ring = RINGS + ((first_batch + ring - RINGS) & (buckets - 1))
+            new_ring = RINGS + ((first_batch + ring - RINGS) & (new_buckets - 1))
         node = links[old_ring, NEWER]
         while node != old_ring:
             _append(new_links, new_ring, node - buckets + new_buckets)
@@ -256,7 +288,7 @@ def _copy_rings(links, buckets, new_links, new_buckets, first_batch, num_batches
 @njit(cache=True, nogil=True)
 def _forget(links, scores, now, buckets, first_batch, num_batches):
     for batch in range(first_batch, first_batch + num_batches):
-        ring = RINGS + batch % buckets
+        ring = RINGS + (batch & (buckets - 1))
         while links[ring, NEWER] != ring:
             slot = links[ring, NEWER] - RINGS - buckets
             _unlink(links, links[ring, NEWER])

@@ -45,7 +45,9 @@ class Kernels(Protocol):
     name: str
 
     def copy_offsets(self, offsets, num_values, has_end) -> tuple[torch.Tensor, bool]:
-        """(copy of offsets int64[n], num_values behind them unless `has_end`; whether none is below the one before)."""
+        """(copy of offsets int64[n], num_values behind them unless `has_end`; whether none is below the one before).
+
+        Nobody may change the copy: equal ones may be one tensor."""
 
     def plan(self, values, offsets, table_rows, table_starts, padding_ids, slots) -> BatchPlan | int:
         """Looks a batch up. values int64[N] local ids, offsets int64[T*B+1]; an int is the first bad position."""

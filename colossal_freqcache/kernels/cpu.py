@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..memory import RecycledArrays
+from ..vectors import row_width
 from . import BatchPlan, WantedIds, cpu_lookup, cpu_rows
 from .parts import in_parts, num_parts
-from .vectors import row_width
 
 __all__ = ["CpuKernels"]
 
@@ -31,16 +31,25 @@ class CpuKernels:
         self._slot_of_unique = np.empty(0, np.int32)
         self._id_of_unique = np.empty(0, np.int64)
         self._kind_of_unique = np.empty(0, np.uint8)
+        self._orders = np.empty((2, 0), np.int32)
+        self._one_hot = torch.arange(
+            1
+        )  # the offsets of the last batch that had one position in every bag; never changed
         self._seen = np.zeros(64, np.int64)
         self._stamp = 0
 
     def workspace_bytes(self) -> int:
         """Bytes that depend on the largest batch seen."""
-        scratch = (self._slot_of_unique, self._id_of_unique, self._kind_of_unique, self._seen)
-        return sum(array.nbytes for array in scratch) + self._arrays.num_bytes()
+        scratch = (self._slot_of_unique, self._id_of_unique, self._kind_of_unique, self._orders, self._seen)
+        return sum(array.nbytes for array in scratch) + self._one_hot.nbytes + self._arrays.num_bytes()
 
     def copy_offsets(self, offsets, num_values, has_end):
-        copy = self._arrays.take((offsets.numel() + (not has_end),), np.int64)
+        size = offsets.numel() + (not has_end)
+        if size == num_values + 1 and cpu_lookup.is_one_hot(offsets.numpy()):
+            if self._one_hot.numel() != size:
+                self._one_hot = torch.arange(size)
+            return self._one_hot, True
+        copy = self._arrays.take((size,), np.int64)
         rising = cpu_lookup.copy_offsets(offsets.numpy(), num_values, copy)
         return torch.from_numpy(copy), bool(rising)
 
@@ -109,9 +118,11 @@ class CpuKernels:
 
     def order_slots(self, slot_of_unique):
         num_unique = slot_of_unique.numel()
-        slots = np.empty(num_unique, np.int64)
-        places, order, other_order = np.empty((3, num_unique), np.int32)
-        cpu_lookup.order_slots(slot_of_unique.numpy(), slots, places, order, other_order)
+        if num_unique > self._orders.shape[1]:
+            self._orders = np.empty((2, num_unique), np.int32)
+        slots = self._arrays.take((num_unique,), np.int64)
+        places = self._arrays.take((num_unique,), np.int32)
+        cpu_lookup.order_slots(slot_of_unique.numpy(), slots, places, *self._orders[:, :num_unique])
         return torch.from_numpy(slots), torch.from_numpy(places)
 
     def copy_rows(self, source, source_rows, target, target_rows):
@@ -124,7 +135,7 @@ class CpuKernels:
         lookup = records.numpy(), slot_of_unique.numpy(), unique_of_position.numpy()
         row = _row(dim, records.dtype)
         per_sample = dim * unique_of_position.numel() // max(1, out.shape[0])
-        if weights is None and cpu_lookup.is_one_hot(offsets.numpy()):
+        if weights is None and self._is_one_hot(offsets):
             _in_parts(cpu_rows.pool_one_hot, out.shape[0], per_sample, *lookup, out, row)
         else:
             _in_parts(
@@ -158,6 +169,9 @@ class CpuKernels:
         )
         return torch.from_numpy(out), torch.from_numpy(chosen)
 
+    def _is_one_hot(self, offsets):
+        return offsets is self._one_hot or cpu_lookup.is_one_hot(offsets.numpy())
+
     def _output(self, offsets, num_tables, dim, dtype):
         """An uninitialised (B, T, D) array."""
         return self._arrays.take(((offsets.numel() - 1) // num_tables, num_tables, dim), _REAL[dtype])
@@ -171,7 +185,7 @@ class CpuKernels:
         per_unique = dim * unique_of_position.numel() // max(1, num_places)
         where = grad.numpy(), unique_of_position.numpy()
         places = place_of_unique.numpy(), values, _row(dim, grad.dtype)
-        if weights is None and not scale_by_freq and cpu_lookup.is_one_hot(offsets.numpy()):
+        if weights is None and not scale_by_freq and self._is_one_hot(offsets):
             _in_parts(cpu_rows.pool_one_hot_backward, num_places, per_unique, *where, *places)
         else:
             positions = _NO_POSITIONS

@@ -7,7 +7,7 @@ Shapes as in `kernels`.
 import numpy as np
 from numba import njit
 
-from .vectors import prefetch
+from ..vectors import prefetch
 
 __all__ = ["add_pins", "copy_offsets", "count_positions", "distinct_ids", "is_one_hot", "order_slots", "plan"]
 
@@ -34,8 +34,8 @@ def copy_offsets(offsets, end, copy):
 
 @njit(cache=True, nogil=True)
 def is_one_hot(offsets):
-    """Whether every bag holds one position: bag number == position."""
-    if offsets[offsets.size - 1] != offsets.size - 1:
+    """Whether every bag holds one position, as far as `offsets` go: bag number == position."""
+    if offsets.size and offsets[offsets.size - 1] != offsets.size - 1:
         return False
     differs = False
     for i in range(offsets.size):
@@ -115,6 +115,8 @@ def plan(
         counts[t, 2] = missed_unique
         counts[t, 3] = counted_before
     for u in range(num_unique):
+        if u + AHEAD < num_unique:
+            prefetch(slot_of_id, id_of_unique[u + AHEAD])
         slot_of_id[id_of_unique[u]] = slot_of_unique[u] + 1
     return num_unique, bad
 

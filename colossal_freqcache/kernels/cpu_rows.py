@@ -10,7 +10,7 @@ Shapes as in `kernels`.
 import numpy as np
 from numba import njit
 
-from .vectors import add_row, add_scaled_row, copy_row, prefetch_row, scale_row, subtract_scaled_row
+from ..vectors import add_row, add_scaled_row, copy_row, prefetch_row, scale_row, subtract_scaled_row
 
 __all__ = [
     "copy_rows",
@@ -136,6 +136,7 @@ def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, row
         for t in range(num_tables):
             u = unique_of_position[t * bags_per_table + b]
             if u >= first and u < last:
+                prefetch_row(grad, ((b + 2) * num_tables + t) * dim, row)
                 place = np.int64(place_of_unique[u])
                 if place >= 0:
                     place_of_unique[u] = -1 - place
