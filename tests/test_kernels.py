@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_freqcache.kernels import KERNEL_SETS, BatchPlan, make_kernels
-from colossal_freqcache.kernels.cpu import GRAIN
+from colossal_freqcache.kernels.cpu import GRAIN, PLAN_GRAIN
 from colossal_freqcache.kernels.parts import in_parts, num_parts
 from colossal_freqcache.slots import SlotTable
 
@@ -607,6 +607,41 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(form):
     for result in results[1:]:
         for number, (part, expected) in enumerate(zip(result, results[0], strict=True)):
             assert torch.equal(part, expected), number
+
+
+@pytest.mark.parametrize("sizes", [[5000], [5000, 3], [9, 4000, 700, 60_000, 1], [4000] * 26])
+def test_plans_of_tables_shared_out_are_those_of_one_thread(sizes):
+    """Some rows resident, repeats, padding, tables of unequal length in the batch; then a bad id in one, and in two."""
+    kernels, generator = make_kernels("cpu"), np.random.default_rng(0)
+    tables, bags = len(sizes), 100
+    lengths = generator.integers(0, 6 * PLAN_GRAIN // (tables * bags), (tables, bags)) * generator.integers(
+        1, 3, (tables, 1)
+    )
+    offsets = torch.from_numpy(np.concatenate([[0], lengths.reshape(-1).cumsum()]))
+    values = torch.from_numpy(
+        np.concatenate([generator.integers(0, rows, count) for rows, count in zip(sizes, lengths.sum(1), strict=True)])
+    )
+    rows = torch.tensor(sizes)
+    slots = slot_table(sum(sizes), sorted(generator.choice(sum(sizes), sum(sizes) // 3, replace=False).tolist()))
+    entries = slots.slot_of_id.clone()
+    arguments = offsets, rows, rows.cumsum(0) - rows, torch.tensor([0] + [-1] * (tables - 1)), slots
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = kernels.plan(values, *arguments)
+        bad = values.clone()
+        bad[-1] = sizes[-1]
+        twice = bad.clone()
+        twice[7] = -1
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            for part, of_one in zip(kernels.plan(values, *arguments), expected, strict=True):
+                assert torch.equal(part, of_one)
+            assert kernels.plan(bad, *arguments) == values.numel() - 1
+            assert kernels.plan(twice, *arguments) == 7
+            assert torch.equal(slots.slot_of_id, entries)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_a_part_that_raises():

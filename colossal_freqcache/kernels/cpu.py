@@ -5,6 +5,8 @@ writes rows uses torch.get_num_threads() threads where the batch is large enough
 Shapes as in `kernels`.
 """
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -16,6 +18,7 @@ from .parts import in_parts, num_parts
 __all__ = ["CpuKernels"]
 
 GRAIN = 1 << 17  # elements of rows that are worth a thread of their own: about 0.1 ms
+PLAN_GRAIN = 1 << 15  # positions
 _NO_WEIGHTS = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 _NO_POSITIONS = np.empty(0, np.int64)
 _REAL = {torch.float32: np.float32, torch.float64: np.float64}
@@ -59,15 +62,17 @@ class CpuKernels:
             self._slot_of_unique = np.empty(num_positions, np.int32)
             self._id_of_unique = np.empty(num_positions, np.int64)
             self._kind_of_unique = np.empty(num_positions, np.uint8)
+        num_tables = table_rows.numel()
+        bags_per_table = (offsets.numel() - 1) // num_tables
         unique_of_position = self._arrays.take((num_positions,), np.int32)
-        counts = np.zeros((table_rows.numel(), 4), np.int64)
-        num_unique, bad_position = cpu_lookup.plan(
+        counts = np.zeros((num_tables, 4), np.int64)
+        arguments = (
             values.numpy(),
             offsets.numpy(),
             table_rows.numpy(),
             table_starts.numpy(),
             padding_ids.numpy(),
-            (offsets.numel() - 1) // table_rows.numel(),
+            bags_per_table,
             slots.slot_of_id.numpy(),
             slots.marks.numpy(),
             slots.PREPAID,
@@ -77,12 +82,29 @@ class CpuKernels:
             self._kind_of_unique,
             counts,
         )
-        if bad_position >= 0:
+        starts = offsets.numpy()[bags_per_table * np.arange(num_tables + 1)]
+        tables = _equal_parts(starts, num_parts(num_positions, PLAN_GRAIN))
+        found = [(0, -1)] * (len(tables) - 1)
+
+        def plan_parts(first, last):
+            for part in range(first, last):
+                found[part] = cpu_lookup.plan(*arguments, *tables[part : part + 2])
+
+        in_parts(plan_parts, len(found), len(found))
+        bad_position = next((bad for _, bad in found if bad >= 0), None)
+        if bad_position is not None:
             return int(bad_position)
+        begins = [int(starts[table]) for table in tables]
+        num_before = list(itertools.accumulate((num for num, _ in found), initial=0))
+        for part in range(1, len(found)):
+            cpu_lookup.renumber(unique_of_position, *begins[part : part + 2], num_before[part])
+        pieces = [slice(begin, begin + num) for begin, (num, _) in zip(begins[:-1], found, strict=True)]
         return BatchPlan(
             torch.from_numpy(unique_of_position),
-            torch.from_numpy(self._slot_of_unique[:num_unique].copy()),
-            torch.from_numpy(self._id_of_unique[:num_unique].copy()),
+            *(
+                torch.from_numpy(np.concatenate([scratch[piece] for piece in pieces]))
+                for scratch in (self._slot_of_unique, self._id_of_unique)
+            ),
             torch.from_numpy(counts),
         )
 
@@ -254,6 +276,13 @@ class CpuKernels:
 
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size):
         _update(cpu_rows.update_adam, records, dim, slots, grads, 1 - beta1, 1 - beta2, eps, step_size)
+
+
+def _equal_parts(starts, parts):
+    """Numbers of the tables that begin each part, and how many there are, for parts of about equally many positions."""
+    num_tables, num_positions = len(starts) - 1, int(starts[-1])
+    bounds = [int(np.searchsorted(starts, num_positions * part // parts)) for part in range(1, parts)]
+    return [0, *sorted({bound for bound in bounds if 0 < bound < num_tables}), num_tables]
 
 
 def _in_parts(function, size, elements_each, *arguments):

@@ -1,6 +1,7 @@
 """The numba functions over ids, slots and offsets: what a batch needs, before any value is read.
 
-Each tells the processor some positions ahead which places it will read. Serial: one map is read and marked.
+Each tells the processor some positions ahead which places it will read. A part of `plan` is a range of tables: each has
+ids of its own, and so places in the map of its own. The others are serial.
 Shapes as in `kernels`.
 """
 
@@ -9,7 +10,16 @@ from numba import njit
 
 from ..vectors import prefetch
 
-__all__ = ["add_pins", "copy_offsets", "count_positions", "distinct_ids", "is_one_hot", "order_slots", "plan"]
+__all__ = [
+    "add_pins",
+    "copy_offsets",
+    "count_positions",
+    "distinct_ids",
+    "is_one_hot",
+    "order_slots",
+    "plan",
+    "renumber",
+]
 
 AHEAD = 24  # positions
 # 2**64 / golden ratio: spreads consecutive ids over a hash table (Knuth, TAOCP 3, section 6.4).
@@ -59,15 +69,22 @@ def plan(
     id_of_unique,
     kind_of_unique,
     counts,
+    first_table,
+    last_table,
 ):
-    """Fills the outputs of a BatchPlan; returns (U, first bad position or -1).
+    """Fills the outputs of a BatchPlan for tables first_table..last_table-1; returns (U, first bad position or -1).
 
+    Rows are numbered from 0; what is said of them stands in the arrays of length N from the part's first position on.
     An id's entry in the map says -1 - u from its first occurrence on, and is as before again when this returns: so
     further occurrences read one place only, and a missing id needs no other table.
     """
     num_unique = 0
     bad = -1
-    for t in range(table_rows.size):
+    start_of_part = offsets[first_table * bags_per_table]
+    slot_of_unique = slot_of_unique[start_of_part:]
+    id_of_unique = id_of_unique[start_of_part:]
+    kind_of_unique = kind_of_unique[start_of_part:]
+    for t in range(first_table, last_table):
         rows = table_rows[t]
         start = table_starts[t]
         padding_id = padding_ids[t]
@@ -119,6 +136,14 @@ def plan(
             prefetch(slot_of_id, id_of_unique[u + AHEAD])
         slot_of_id[id_of_unique[u]] = slot_of_unique[u] + 1
     return num_unique, bad
+
+
+@njit(cache=True, nogil=True)
+def renumber(unique_of_position, first, last, shift):
+    """Adds `shift` to the numbers at positions first..last-1, but for padding."""
+    for i in range(first, last):
+        if unique_of_position[i] >= 0:
+            unique_of_position[i] += shift
 
 
 @njit(cache=True, nogil=True)
