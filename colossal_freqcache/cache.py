@@ -315,7 +315,7 @@ class RowCache:
         slots = self.slots
         victims = self.choose_victims(count)
         try:
-            self._write_back(victims[slots.marked(SlotTable.DIRTY, victims)])
+            self._write_back(victims[slots.marked(SlotTable.DIRTY, victims)])  # `evict` clears their marks
         except BaseException:
             self.policy.admit(victims, slots.row_of_slot.numpy()[victims].astype(np.int64))
             raise
@@ -335,7 +335,6 @@ class RowCache:
             return
         rows = self.slots.row_of_slot.numpy()[dirty].astype(np.int64)
         self.store.write(torch.from_numpy(rows), self.records, torch.from_numpy(dirty))
-        self._mark_clean(dirty)
         self.stats.rows_written_back += dirty.size
         self.stats.bytes_written_back += dirty.size * self.layout.row_bytes
 
@@ -368,7 +367,9 @@ class RowCache:
     def flush(self) -> None:
         """Writes every dirty row back; the rows stay resident. O(slots)."""
         self.ahead.finish()
-        self._write_back(np.flatnonzero(self.slots.marked(SlotTable.DIRTY)).astype(np.int32))
+        dirty = np.flatnonzero(self.slots.marked(SlotTable.DIRTY)).astype(np.int32)
+        self._write_back(dirty)
+        self._mark_clean(dirty)
 
     def warm_up(self) -> None:
         """Fills free slots with the most frequent rows: warmup_ratio of the slots if the ids' counts are known.

@@ -18,6 +18,26 @@ AHEAD = 16  # places of the map asked for before they are needed
 
 
 @njit(cache=True, nogil=True)
+def _mark(marks, slots, kept, added):
+    for slot in slots:
+        marks[slot] = (marks[slot] & kept) | added
+
+
+@njit(cache=True, nogil=True)
+def _marked(marks, slots, bits, marked):
+    for i in range(slots.size):
+        marked[i] = (marks[slots[i]] & bits) != 0
+
+
+@njit(cache=True, nogil=True)
+def _num_pinned(pins, slots):
+    num_pinned = 0
+    for slot in slots:
+        num_pinned += pins[slot] > 0
+    return num_pinned
+
+
+@njit(cache=True, nogil=True)
 def _slots_of(ids, slot_of_id, slots):
     for i in range(ids.size):
         if i + AHEAD < ids.size:
@@ -99,7 +119,7 @@ class SlotTable:
 
     def are_pinned(self, slots: np.ndarray) -> bool:
         """Whether all of `slots` have pins."""
-        return bool((self._pins[slots] > 0).all())
+        return _num_pinned(self._pins, slots) == slots.size
 
     def slots_of(self, ids: np.ndarray) -> np.ndarray:
         """int32[n]: where the rows of int64 `ids` are, -1 where they are not resident."""
@@ -109,15 +129,19 @@ class SlotTable:
 
     def mark(self, slots: np.ndarray, bit: np.uint8) -> None:
         """Sets a bit of `slots` (unique)."""
-        self._marks[slots] |= bit
+        _mark(self._marks, slots, np.uint8(0xFF), np.uint8(bit))
 
     def unmark(self, slots: np.ndarray, bits: int) -> None:
         """Clears bits of `slots` (unique)."""
-        self._marks[slots] &= np.uint8(~bits & 0xFF)
+        _mark(self._marks, slots, np.uint8(~bits & 0xFF), np.uint8(0))
 
-    def marked(self, bits: np.uint8, slots: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def marked(self, bits: np.uint8, slots: np.ndarray | None = None) -> np.ndarray:
         """Which of `slots` (default: all, O(C)) have one of the bits, bool."""
-        return (self._marks[slots] & bits) != 0
+        if slots is None:
+            return (self._marks & bits) != 0
+        marked = np.empty(slots.size, np.bool_)
+        _marked(self._marks, slots, np.uint8(bits), marked)
+        return marked
 
     @property
     def num_free(self) -> int:
@@ -149,7 +173,7 @@ class SlotTable:
 
     def evict(self, slots: np.ndarray) -> None:
         """The rows in `slots` leave; the store has their newest values, or a move will write them."""
-        assert not self._pins[slots].any()
+        assert not _num_pinned(self._pins, slots)
         _evict(slots, *self._maps, self._marks)
         self.num_used -= slots.size
         self._returned = np.concatenate([self._returned, slots])

@@ -72,7 +72,7 @@ def test_random_operations_against_a_dict(known, operations, random):
                 pins[slot] = pins.get(slot, 0) + step
         else:
             slots = random.sample(list(slot_of.values()), min(amount, len(slot_of)))
-            table.mark(slots, table.DIRTY)
+            table.mark(np.array(slots, np.int32), table.DIRTY)
         table.check(order.row_of_id)
         expected = np.zeros(NUM_ROWS, np.int64)
         for number, slot in slot_of.items():

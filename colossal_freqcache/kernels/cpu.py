@@ -34,10 +34,8 @@ class CpuKernels:
         self._slot_of_unique = np.empty(0, np.int32)
         self._id_of_unique = np.empty(0, np.int64)
         self._kind_of_unique = np.empty(0, np.uint8)
-        self._orders = np.empty((2, 0), np.int32)
-        self._one_hot = torch.arange(
-            1
-        )  # the offsets of the last batch that had one position in every bag; never changed
+        self._orders = np.empty((2, 0), np.int64)
+        self._one_hot = torch.arange(1)  # offsets of the last batch with one position in every bag; never changed
         self._seen = np.zeros(64, np.int64)
         self._stamp = 0
 
@@ -141,7 +139,7 @@ class CpuKernels:
     def order_slots(self, slot_of_unique):
         num_unique = slot_of_unique.numel()
         if num_unique > self._orders.shape[1]:
-            self._orders = np.empty((2, num_unique), np.int32)
+            self._orders = np.empty((2, num_unique), np.int64)
         slots = self._arrays.take((num_unique,), np.int64)
         places = self._arrays.take((num_unique,), np.int32)
         cpu_lookup.order_slots(slot_of_unique.numpy(), slots, places, *self._orders[:, :num_unique])

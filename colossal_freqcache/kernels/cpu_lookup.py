@@ -211,31 +211,34 @@ def count_positions(unique_of_position, num_unique):
 def order_slots(slot_of_unique, sorted_slots, place_of_unique, order, other_order):
     """sorted_slots int64[U]: `slot_of_unique`, ascending; place_of_unique int32[U]: where each went. A radix sort.
 
-    order, other_order: int32[U], scratch.
+    order, other_order: int64[U], scratch: slot << 32 | u, so that each pass reads in order.
     """
     largest = 1
     for u in range(slot_of_unique.size):
-        order[u] = u
-        largest = max(largest, slot_of_unique[u])
-    counts = np.empty(1 << RADIX_BITS, np.int64)
-    shift = 0
-    while largest >> shift:
+        slot = np.int64(slot_of_unique[u])
+        order[u] = slot << 32 | u
+        largest = max(largest, slot)
+    num_bits = 0
+    while largest >> num_bits:
+        num_bits += 1
+    passes = (num_bits + RADIX_BITS - 1) // RADIX_BITS
+    digit_bits = (num_bits + passes - 1) // passes
+    counts = np.empty(1 << digit_bits, np.int64)
+    for number in range(passes):
+        shift = 32 + number * digit_bits
         counts[:] = 0
-        for u in range(order.size):
-            counts[(slot_of_unique[u] >> shift) & (counts.size - 1)] += 1
+        for i in range(order.size):
+            counts[(order[i] >> shift) & (counts.size - 1)] += 1
         total = 0
         for digit in range(counts.size):
             count = counts[digit]
             counts[digit] = total
             total += count
         for i in range(order.size):
-            u = order[i]
-            digit = (slot_of_unique[u] >> shift) & (counts.size - 1)
-            other_order[counts[digit]] = u
+            digit = (order[i] >> shift) & (counts.size - 1)
+            other_order[counts[digit]] = order[i]
             counts[digit] += 1
         order, other_order = other_order, order
-        shift += RADIX_BITS
     for place in range(order.size):
-        u = order[place]
-        sorted_slots[place] = slot_of_unique[u]
-        place_of_unique[u] = place
+        sorted_slots[place] = order[place] >> 32
+        place_of_unique[order[place] & 0xFFFFFFFF] = place
