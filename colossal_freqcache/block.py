@@ -69,6 +69,7 @@ class CachedWeight:
         rule: the row rule whose state the records hold, or None.
         version: goes up whenever rows may be updated (a backward that needs the forward's values compares it).
         num_tokens: tokens not released.
+        is_trained: whether a backward (fused=True) has trained the rows for the step to come.
         state_is_initial: every state column holds its initial value.
         max_state_dict_bytes: above this, the logical table is not handed out as one tensor; 2 GiB.
         in_state_dict: whether state_dicts of the module and of its optimizer hold the table (a checkpoint that streams
@@ -93,7 +94,7 @@ class CachedWeight:
         self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
         self._stepped: weakref.ref | None = None  # the gradient that was stepped and not cleared since
         self._moves_at_step = self._moves_at_backward = 0
-        self._trained_by: int | None = None  # the backward (its graph task) that trained the rows, until the next step
+        self.is_trained = False  # a backward has trained the rows for the step to come
         self._owner: weakref.ref | None = None
         self._replaced: weakref.WeakSet = weakref.WeakSet()
         self.state_is_initial = True
@@ -240,19 +241,21 @@ class CachedWeight:
 
     def _check_only_backward(self, token: Token) -> None:
         """Refuses what a fused update cannot see in time: that another backward's gradient belongs to the same step."""
-        again = self._trained_by is not None and (
-            self._trained_by == torch._C._current_graph_task_id() or self.parameter.grad is not None
-        )
+        if self.parameter._backward_hooks:
+            raise RuntimeError(
+                "fused=True trains the rows of a cached table inside the backward, before a hook of the parameter "
+                "could change its gradient: remove the hooks, or build the optimizer without fused=True"
+            )
         dead = sum(token.state == HELD for token in self._dead.copy())
         waiting = self.num_tokens - len(self._spent) - dead - (token.state == HELD)
-        if again or waiting or self._has_gradient():
+        if self.is_trained or waiting or self._has_gradient():
             found = (
                 f"{waiting} more forward(s) of it wait for theirs" if waiting else "it had one since its last step()"
             )
             raise RuntimeError(
                 f"fused=True trains the rows of a cached table inside its one backward per step(), and {found}: "
-                f"a sum of several gradients needs an optimizer without fused=True. (Wrap evaluations in "
-                f"torch.no_grad(); where a step is left out, call zero_grad().)"
+                f"a sum of several gradients needs an optimizer without fused=True, and so does a step that is left "
+                f"out. (Wrap evaluations in torch.no_grad().)"
             )
 
     def gradient(self, slots: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -293,18 +296,13 @@ class CachedWeight:
         """Whether the next backward trains the rows, so that there is no gradient to see."""
         return self.fused_step() is not None
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether a backward has trained the rows for the step to come."""
-        return self._trained_by is not None
-
     def train_in_backward(self, slots: torch.Tensor, values: torch.Tensor, group: dict, step: int) -> torch.Tensor:
         """Applies the rule to `slots` (int32[U], unique) with gradients `values` (U, D); returns an empty gradient.
 
         Only the parameter's hooks and `.grad` see that one; a step() counts it, and has nothing left to train.
         """
         self._train(slots, values, group, step)
-        self._trained_by = torch._C._current_graph_task_id()
+        self.is_trained = True
         none = torch.empty(1, 0, dtype=torch.int64), values.new_empty(0, values.shape[1])
         return torch.sparse_coo_tensor(*none, self.parameter.shape, is_coalesced=True, check_invariants=False)
 
@@ -436,7 +434,7 @@ class CachedWeight:
         """The gradient was used: its rows may leave. Adding to it, or stepping it once rows have moved, is refused."""
         self.restore_stash()
         self._release_spent()
-        self._left_over = self._trained_by = None
+        self._left_over, self.is_trained = None, False
         if self._has_gradient():
             self._stepped = weakref.ref(self.parameter.grad)
             self._moves_at_step = self.cache.moves

@@ -57,9 +57,10 @@ class RecycledArrays:
         num_bytes = _num_bytes(shape, dtype)
         if num_bytes < SMALLEST:
             return np.empty(shape, dtype)
-        if not self._counts:
+        # Not waited for: a signal handler may have interrupted a call of its own thread.
+        if not self._counts or not self._lock.acquire(blocking=False):
             return aligned_empty(shape, dtype)
-        with self._lock:
+        try:
             kept = self._kept
             for number in range(len(kept)):
                 fits = num_bytes + CACHE_LINE <= kept[number].size <= 2 * num_bytes + CACHE_LINE
@@ -70,11 +71,12 @@ class RecycledArrays:
                 del kept[0]
             kept.append(_raw(num_bytes + num_bytes // 8))  # the next one may be a little larger
             return _shaped(kept[-1], shape, dtype)
+        finally:
+            self._lock.release()
 
     def num_bytes(self) -> int:
         """Bytes kept, in use or not."""
-        with self._lock:
-            return sum(array.nbytes for array in self._kept)
+        return sum(array.nbytes for array in list(self._kept))
 
 
 def _references(arrays: list[np.ndarray], number: int) -> int:

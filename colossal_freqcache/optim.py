@@ -3,9 +3,11 @@
 Each class is the torch optimizer of its name (constructor, param_groups, schedulers, zero_grad, closures) that treats
 the blocks of cached tables apart: their state is columns of the rows' records, so it moves with the row.
 
-With fused=True the rows are trained inside the backward, as FBGEMM does, and no gradient of the table is made: the same
-bits as without it, for training loops of one backward per step. What it cannot do is refused: several backwards or
-lookups per step, clipping, a GradScaler. (Dense parameters get torch's own fused step.)
+With fused=True the rows are trained inside the backward, as FBGEMM does, with the settings of that moment, and no
+gradient of the table is made: the same bits for the same gradients as without it, for training loops of one backward
+per step. Refused are several backwards or lookups per step, a step left out, hooks of the parameter, clipping, a
+GradScaler; what edits `.grad` by hand finds it empty. Dense parameters get torch's own fused step, whose rounding may
+differ.
 """
 
 from collections.abc import Iterable
@@ -131,8 +133,8 @@ class _RowOptimizer:
 
     def fused_step(self, parameter: torch.Tensor) -> tuple[dict, int] | None:
         """(param_group, number of the coming step) of a block that the backward is to train, else None."""
-        group = next(group for group, block, _ in blocks_of(self) if block is parameter)
-        if not group.get("fused"):
+        group = next((group for group, block, _ in blocks_of(self) if block is parameter), None)
+        if group is None or not group.get("fused"):
             return None
         weight, rule = cached_weight_of(parameter), self._rule()
         rule.check(group)

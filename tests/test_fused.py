@@ -183,12 +183,36 @@ def test_a_graph_that_is_run_twice(trained):
     assert_same_bits(everything(bag, optimizer), before)
 
 
-def test_a_step_may_be_left_out(trained):
-    """zero_grad() instead of step(): the rows of that batch are trained, and the next one may come."""
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_step_left_out(trained, set_to_none):
+    """zero_grad() cannot take back what the backward has trained: the next backward says so."""
     bag, optimizer = trained
     loss_of(bag(ids(2))).backward()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    before = everything(bag, optimizer)
+    with pytest.raises(RuntimeError, match="a step that is left out"):
+        loss_of(bag(ids(3))).backward()
+    assert_same_bits(everything(bag, optimizer), before)
+
+
+def test_a_hook_of_the_parameter(trained):
+    """It could only see an empty gradient."""
+    bag, optimizer = trained
+    before = everything(bag, optimizer)
+    handle = bag.weight.register_hook(lambda grad: grad * 0.5)
+    with pytest.raises(RuntimeError, match="hook"):
+        loss_of(bag(ids(2))).backward()
+    assert_same_bits(everything(bag, optimizer), before)
+    handle.remove()
     step(bag, optimizer, 3)
+
+
+def test_an_optimizer_that_has_let_go_of_the_table_does_not_train_it(trained):
+    bag, optimizer = trained
+    before = bag.logical_weight()
+    optimizer.param_groups.clear()
+    loss_of(bag(ids(2))).backward()
+    assert torch.equal(bag.logical_weight(), before) and bag.weight.grad._nnz()
 
 
 def test_evaluations_between(trained):

@@ -35,7 +35,9 @@ class CpuKernels:
         self._id_of_unique = np.empty(0, np.int64)
         self._kind_of_unique = np.empty(0, np.uint8)
         self._orders = np.empty((2, 0), np.int64)
-        self._one_hot = torch.arange(1)  # offsets of the last batch with one position in every bag; never changed
+        self._one_hot = torch.arange(
+            1, device="cpu"
+        )  # offsets of the last batch with one position in every bag; never changed
         self._seen = np.zeros(64, np.int64)
         self._stamp = 0
 
@@ -47,9 +49,10 @@ class CpuKernels:
     def copy_offsets(self, offsets, num_values, has_end):
         size = offsets.numel() + (not has_end)
         if size == num_values + 1 and cpu_lookup.is_one_hot(offsets.numpy()):
-            if self._one_hot.numel() != size:
-                self._one_hot = torch.arange(size)
-            return self._one_hot, True
+            one_hot = self._one_hot  # read once: another thread may replace it
+            if one_hot.numel() != size:
+                self._one_hot = one_hot = torch.arange(size, device="cpu")
+            return one_hot, True
         copy = self._arrays.take((size,), np.int64)
         rising = cpu_lookup.copy_offsets(offsets.numpy(), num_values, copy)
         return torch.from_numpy(copy), bool(rising)
