@@ -299,11 +299,11 @@ class CachedWeight:
     def train_in_backward(self, slots: torch.Tensor, values: torch.Tensor, group: dict, step: int) -> torch.Tensor:
         """Applies the rule to `slots` (int32[U], unique) with gradients `values` (U, D); returns an empty gradient.
 
-        Only the parameter's hooks and `.grad` see that one; a step() counts it, and has nothing left to train.
+        Only `.grad` sees that one; a step() counts it, and has nothing left to train.
         """
         self._train(slots, values, group, step)
         self.is_trained = True
-        none = torch.empty(1, 0, dtype=torch.int64), values.new_empty(0, values.shape[1])
+        none = slots.new_empty((1, 0), dtype=torch.int64), values.new_empty(0, values.shape[1])
         return torch.sparse_coo_tensor(*none, self.parameter.shape, is_coalesced=True, check_invariants=False)
 
     def bind(self, optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, keep_slots: bool = False) -> None:
@@ -408,11 +408,8 @@ class CachedWeight:
 
     def step(self, group: dict, step: int, scale: float = 1.0) -> None:
         """Applies the rule to the rows of the checked `.grad` divided by `scale`, as step number `step` (from 1)."""
-        self.version += 1  # without rows of its own, too: ranks that share the table compare alike
         grad = self.parameter.grad
         slots = grad._indices()[0]
-        if not slots.numel():
-            return
         with plain_mode():
             values = grad._values().detach().contiguous()
             if scale != 1.0:
@@ -420,7 +417,7 @@ class CachedWeight:
             self._train(slots.int(), values, group, step)
 
     def _train(self, slots: torch.Tensor, values: torch.Tensor, group: dict, step: int) -> None:
-        self.version += 1
+        self.version += 1  # without rows of its own, too: ranks that share the table compare alike
         if not slots.numel():
             return
         if group.get("maximize"):
