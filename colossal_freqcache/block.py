@@ -302,8 +302,17 @@ class CachedWeight:
         Only `.grad` sees that one; a step() counts it, and has nothing left to train.
         """
         self._train(slots, values, group, step)
+        return self._nothing_left(values)
+
+    def trained_in_backward(self, values: torch.Tensor) -> torch.Tensor:
+        """As `train_in_backward`, where the kernels have done it; `values`: any tensor (…, D) of the rows' dtype."""
+        self.version += 1
+        self.state_is_initial = False
+        return self._nothing_left(values)
+
+    def _nothing_left(self, values: torch.Tensor) -> torch.Tensor:
         self.is_trained = True
-        none = slots.new_empty((1, 0), dtype=torch.int64), values.new_empty(0, values.shape[1])
+        none = values.new_empty((1, 0), dtype=torch.int64), values.new_empty(0, values.shape[-1])
         return torch.sparse_coo_tensor(*none, self.parameter.shape, is_coalesced=True, check_invariants=False)
 
     def bind(self, optimizer: torch.optim.Optimizer, rule: RowRule, group: dict, keep_slots: bool = False) -> None:
@@ -365,7 +374,7 @@ class CachedWeight:
 
     def _relayout(self, layout: RowLayout, keep_slots: bool, budget_row_bytes: int) -> None:
         if not keep_slots:
-            _, ceiling = self.cache.config.size_in_slots(self.cache.num_rows, budget_row_bytes)
+            _, ceiling = self.cache.size_in_slots(budget_row_bytes)
             if ceiling != self.cache.ceiling:
                 self.require_quiescent(f"changing the block from {self.cache.ceiling} to {ceiling} slots")
         self.cache.relayout(layout, keep_slots, budget_row_bytes)
@@ -395,7 +404,7 @@ class CachedWeight:
         again = self._is_stepped() and self._moves_at_step == self.cache.moves
         # A pin may be that of a batch that comes next, and of another row: without a token, nothing may have moved.
         held = not slots.numel() or bool(self._spent) or self.cache.moves == self._moves_at_backward
-        if not again and (self._is_stepped(grad) or not held or not self.cache.slots.are_pinned(slots.numpy())):
+        if not again and (self._is_stepped(grad) or not held or not self.cache.rows_stay(slots)):
             raise RuntimeError(
                 "this gradient was stepped, or taken out of .grad, before a later forward, and rows have moved since: "
                 "its slots hold other rows now. Call zero_grad() after step(), and step before the next forward"

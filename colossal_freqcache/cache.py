@@ -23,7 +23,7 @@ from .row_order import RowOrder
 from .slots import SlotTable
 from .stores import make_store
 
-__all__ = ["CacheTooSmallError", "Lookup", "RowCache"]
+__all__ = ["CHUNK_BYTES", "CacheTooSmallError", "Lookup", "RowCache", "converted"]
 
 # Whole-table passes (initialise, load, save, re-lay out) go through buffers of about this many bytes.
 CHUNK_BYTES = 16 << 20
@@ -44,6 +44,11 @@ class Lookup(NamedTuple):
     offsets: torch.Tensor
     num_tables: int
 
+    @property
+    def hold(self) -> torch.Tensor:
+        """What `RowCache.unpin` takes: the slots."""
+        return self.slot_of_unique
+
 
 class RowCache:
     """Tables of R rows in all, C of them in `records`, the cache block.
@@ -62,7 +67,11 @@ class RowCache:
         moves: goes up whenever a slot changes its row.
         ahead: the batches to come. strategy: the eviction policy's name.
         budget_row_bytes: bytes that a slot takes of `max_cache_bytes`.
+        device: where `records` are. on_device: whether the maps are there, too (DeviceCache).
     """
+
+    device = torch.device("cpu")
+    on_device = False
 
     def __init__(
         self,
@@ -80,7 +89,7 @@ class RowCache:
         if strategy is None:
             strategy = EvictionStrategy.S3FIFO if counts is None else EvictionStrategy.DATASET
         self.strategy = EvictionStrategy.parse(strategy)
-        self.kernels = make_kernels(config.kernels)
+        self.kernels = self._make_kernels()
         self.stats = CacheStats(len(table_sizes))
         self.order = RowOrder.from_counts(counts, self.num_rows)
         self._count_runs = None  # distinct counts, descending, and how many rows have each: all that is kept of them
@@ -90,14 +99,28 @@ class RowCache:
             self._count_runs = descending[starts].astype(np.float64), np.diff(starts, append=self.num_rows)
         self.layout = layout
         self.moves = 0
-        self.store = make_store(config.store, self.kernels)
+        self.store = make_store(config.store, self._host_kernels())
         self.budget_row_bytes = budget_row_bytes or layout.row_bytes
         config.check_slots_fit(self.num_rows, self.budget_row_bytes)
-        num_slots, ceiling = config.size_in_slots(self.num_rows, self.budget_row_bytes)
+        num_slots, ceiling = self.size_in_slots(self.budget_row_bytes)
         self._warned_of_growth = False
         self.store.allocate(self.num_rows, layout)
-        self.ahead = Ahead(self)
+        self.ahead = self._make_ahead()
         self._start_empty(num_slots, ceiling)
+
+    def _make_kernels(self) -> Any:
+        return make_kernels(self.config.kernels)
+
+    def _host_kernels(self) -> Any:
+        """The set that moves rows in host memory."""
+        return self.kernels
+
+    def _make_ahead(self) -> Any:
+        return Ahead(self)
+
+    def size_in_slots(self, row_bytes: int) -> tuple[int, int]:
+        """(initial slots, ceiling) where a row takes `row_bytes` of `max_cache_bytes`."""
+        return self.config.size_in_slots(self.num_rows, row_bytes)
 
     def _start_empty(self, num_slots: int, ceiling: int) -> None:
         """Fresh maps and an untouched block: nothing is resident."""
@@ -122,6 +145,12 @@ class RowCache:
         order = np.argsort(-rows)
         self.policy.admit(used[order], rows[order])
         self.ahead.tell_policy()
+
+    can_foresee = True  # there is a policy that does
+
+    def kernels_of_thread(self) -> Any:
+        """A kernel set for another thread, with a workspace of its own."""
+        return self._make_kernels()
 
     @property
     def foresees(self) -> bool:
@@ -212,6 +241,14 @@ class RowCache:
     def mark_dirty(self, slots: torch.Tensor) -> None:
         """The records in `slots` are about to differ from the store's."""
         self.slots.mark(slots.numpy(), SlotTable.DIRTY)
+
+    def rows_stay(self, slots: torch.Tensor) -> bool:
+        """Whether all of `slots` (int64[n]) are pinned."""
+        return self.slots.are_pinned(slots.numpy())
+
+    def rows_in(self, slots: torch.Tensor) -> torch.Tensor:
+        """The rows in `slots` (int64[n])."""
+        return self.slots.row_of_slot[slots]
 
     def _plan(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> BatchPlan:
         plan = self.kernels.plan(values, offsets, self.table_rows, self.table_starts, padding_ids, self.slots)
@@ -448,7 +485,7 @@ class RowCache:
             ValueError: `max_cache_bytes` holds no record (or not the block, with `keep_slots`); nothing was changed.
         """
         budget_row_bytes = budget_row_bytes or layout.row_bytes
-        num_slots, ceiling = self.config.size_in_slots(self.num_rows, budget_row_bytes)
+        num_slots, ceiling = self.size_in_slots(budget_row_bytes)
         if keep_slots and ceiling < self.ceiling:
             raise ValueError(
                 f"{self.ceiling} slots of {budget_row_bytes} bytes ({self.budget_row_bytes} before the optimizer's "
@@ -464,7 +501,7 @@ class RowCache:
             rows, places = torch.arange(first, last), torch.arange(last - first)
             old = torch.empty(last - first, old_layout.width, dtype=old_layout.dtype)
             old_store.read(rows, old, places)
-            store.write(rows, _converted(old, layout), places)
+            store.write(rows, converted(old, layout), places)
         self.layout, self.store, self.budget_row_bytes = layout, store, budget_row_bytes
         if ceiling != self.ceiling and not keep_slots:
             self.ahead.let_go()
@@ -472,12 +509,16 @@ class RowCache:
             self.warm_up()
             self.ahead.store_changed()
             return
+        self._replace_block(layout)
+        self.ahead.store_changed()
+
+    def _replace_block(self, layout: RowLayout) -> None:
+        """The block in `layout`; every row keeps its slot."""
         block = _untouched(self.ceiling, layout)
         used = (self.slots.id_of_slot >= 0).nonzero()[:, 0]
         for chunk in used.split(max(1, CHUNK_BYTES // layout.row_bytes)):
-            block[chunk] = _converted(self.records[chunk], layout)
+            block[chunk] = converted(self.records[chunk], layout)
         self.records = block
-        self.ahead.store_changed()
 
     def reset_state(self) -> None:
         """Sets every state column of every row to its initial value."""
@@ -490,9 +531,10 @@ class RowCache:
         """A cache of its own over a copy of all records, warmed up, with fresh counters; the row order is shared."""
         copy = object.__new__(RowCache)
         copy.__dict__.update(self.__dict__)
-        copy.kernels = make_kernels(self.config.kernels)
+        copy._reset_for_clone()
+        copy.kernels = copy._make_kernels()
         copy.stats = CacheStats(self.table_rows.numel())
-        copy.ahead = Ahead(copy)
+        copy.ahead = copy._make_ahead()
         copy.store = self.store.spawn()
         copy.store.allocate(self.num_rows, self.layout)
         copy._start_empty(self.num_slots, self.ceiling)
@@ -500,6 +542,9 @@ class RowCache:
             copy.write_ids(first, self.read_ids(first, last))
         copy.warm_up()
         return copy
+
+    def _reset_for_clone(self) -> None:
+        """A copy of another cache's attributes forgets what belongs to that one's batches."""
 
     # ---- accounts -----------------------------------------------------------------------------------------------
 
@@ -540,9 +585,9 @@ def _untouched(num_slots: int, layout: RowLayout) -> torch.Tensor:
     return torch.from_numpy(aligned_empty((num_slots, layout.width), dtype))
 
 
-def _converted(records: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+def converted(records: torch.Tensor, layout: RowLayout) -> torch.Tensor:
     """Records of another layout of the same dim in `layout`: the weight kept, the state initial."""
-    converted = torch.empty(records.shape[0], layout.width, dtype=layout.dtype)
-    converted[:, : layout.dim] = records[:, : layout.dim]
-    layout.fill_state(converted)
-    return converted
+    new = torch.empty(records.shape[0], layout.width, dtype=layout.dtype, device=records.device)
+    new[:, : layout.dim] = records[:, : layout.dim]
+    layout.fill_state(new)
+    return new

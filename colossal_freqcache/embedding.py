@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from .block import CachedWeight, Token, plain_mode
 from .cache import Lookup, RowCache
 from .config import FreqCacheConfig
+from .device_cache import BadOffsetsError, DeviceCache
 from .eviction import EvictionStrategy
 from .frequency import as_counts
-from .kernels import make_kernels
 from .metrics import CacheStats
 from .placement import Placement
 from .row_layout import RowLayout
@@ -39,12 +39,14 @@ class _Batch(NamedTuple):
     values: torch.Tensor
     offsets: torch.Tensor
     weights: torch.Tensor | None
+    num_offsets: int = 0  # of them, those that the caller gave
 
 
 class _CachedBags(nn.Module):
     """T tables of one width over one RowCache: what both public classes share. They differ in the shapes in and out."""
 
     _graph_input: torch.Tensor | None = None  # what autograd sees in the Parameter's place: hooks may stand between
+    _last_even_offsets: tuple = ((), None)
     _looks_ahead: object = None  # the iteration of a Lookahead that says what comes next
 
     def __init__(
@@ -75,10 +77,7 @@ class _CachedBags(nn.Module):
             raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(map(repr, MODES))}")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"max_norm={max_norm!r} is not allowed: a norm of at least 0, or None")
-        if device is not None and torch.device(device).type != "cpu":
-            raise NotImplementedError(
-                f"device={device!r}: a cache on an accelerator is planned, not built yet; use 'cpu'"
-            )
+        device = _device_of(device)
         if dtype is None:
             dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
         if dtype not in (torch.float32, torch.float64):
@@ -102,15 +101,23 @@ class _CachedBags(nn.Module):
         install_step_hooks()
         with plain_mode():
             self._table_padding = list(padding_ids)
-            self._padding_ids = torch.tensor(placement.local_padding(self._table_padding), dtype=torch.int64)
+            padding_ids = torch.tensor(placement.local_padding(self._table_padding), dtype=torch.int64)
+            self._padding_ids = padding_ids.to(device)
             self._no_padding = torch.full_like(self._padding_ids, -1)
-            self._cache = RowCache(
+            arguments = (
                 placement.local_sizes,
                 layout_of(placement.local_dim),
                 config,
                 placement.local_counts(counts),
                 layout_of(placement.budget_dim).row_bytes,
             )
+            on_device = device.type != "cpu" or config.kernels == "cuda"
+            if on_device and placement.world_size > 1:
+                raise NotImplementedError(
+                    f"device={str(device)!r}, kernels={config.kernels!r}: tables sharded over ranks are cached on the "
+                    f"CPU only for now"
+                )
+            self._cache = DeviceCache(*arguments, device=device) if on_device else RowCache(*arguments)
             placement.attach(self._cache)
             self._initialize(weights)
             self._cache.warm_up()
@@ -173,16 +180,19 @@ class _CachedBags(nn.Module):
             lookup = self._prepare(batch)
         if not wants_graph:
             try:
-                return _Pooling(self, lookup, None).forward(batch.weights)
+                return self._pooling(lookup, None).forward(batch.weights)
             finally:
-                self._cache.unpin(lookup.slot_of_unique)
-        token = weight.hold(lookup.slot_of_unique)
+                self._cache.unpin(lookup.hold)
+        token = weight.hold(lookup.hold)
         try:
             graph_input = weight.parameter if self._graph_input is None else self._graph_input
-            return _PoolFunction.apply(graph_input, batch.weights, _Pooling(self, lookup, token))
+            return _PoolFunction.apply(graph_input, batch.weights, self._pooling(lookup, token))
         except BaseException:
             weight.release(token)
             raise
+
+    def _pooling(self, lookup: Any, token: Token | None) -> "_Pooling":
+        return (_DevicePooling if self._cache.on_device else _Pooling)(self, lookup, token)
 
     def _prepare(self, batch: _Batch) -> Lookup:
         """Resident, pinned and, with max_norm, renormalised rows."""
@@ -190,21 +200,26 @@ class _CachedBags(nn.Module):
 
         def prepare() -> Lookup:
             self._cached_weight.settle()
-            return cache.prepare(batch.values, batch.offsets, self._padding_ids)
+            try:
+                return cache.prepare(batch.values, batch.offsets, self._padding_ids)
+            except BadOffsetsError:  # a device has looked at them
+                self._check_offsets(batch.offsets.cpu(), batch.values.numel(), batch.num_offsets)
+                raise
 
-        lookup = self._placement.together(prepare, lambda lookup: cache.unpin(lookup.slot_of_unique))
+        lookup = self._placement.together(prepare, lambda lookup: cache.unpin(lookup.hold))
         if self.max_norm is not None:
             try:
                 padding = self._padding_in(batch)
                 if padding is not None:  # nn.EmbeddingBag renormalises every row of the input, padding too
-                    slots = self._placement.together(
-                        lambda: cache.prepare(*padding, self._no_padding, counted=False).slot_of_unique, cache.unpin
+                    found = self._placement.together(
+                        lambda: cache.prepare(*padding, self._no_padding, counted=False),
+                        lambda found: cache.unpin(found.hold),
                     )
-                    cache.unpin(slots)  # nothing evicts before the next prepare
-                    self._renormalize(slots)
+                    cache.unpin(found.hold)  # nothing evicts before the next prepare
+                    self._renormalize(found.slot_of_unique)
                 self._renormalize(lookup.slot_of_unique)
             except BaseException:
-                cache.unpin(lookup.slot_of_unique)
+                cache.unpin(lookup.hold)
                 raise
         return lookup
 
@@ -219,7 +234,7 @@ class _CachedBags(nn.Module):
             return None
         num_tables = self._padding_ids.numel()
         ends = batch.offsets[:: (batch.offsets.numel() - 1) // num_tables]
-        table = torch.repeat_interleave(torch.arange(num_tables), ends.diff())
+        table = torch.repeat_interleave(torch.arange(num_tables, device=ends.device), ends.diff())
         found = torch.bincount(table[batch.values == self._padding_ids[table]], minlength=num_tables) > 0
         return self._padding_ids[found], torch.cat([found.new_zeros(1, dtype=torch.int64), found.cumsum(0)])
 
@@ -239,15 +254,47 @@ class _CachedBags(nn.Module):
             raise ValueError("offsets has 0 entries: with include_last_offset it holds one more than there are bags")
         if num_offsets == 0 and num_values:
             raise ValueError(f"offsets has 0 entries for {num_values} ids: every id must stand in a bag")
+        if self._cache.on_device:
+            return self._device_batch(values, offsets, offsets_end, self._checked_weights(values, weights))
         # A copy: the backward reads the offsets, and the caller may refill its buffer before that.
         offsets = offsets.detach().to("cpu", torch.int64).contiguous()
         offsets, is_rising = self._cache.kernels.copy_offsets(offsets, num_values, offsets_end)
         first, last = offsets.numpy()[[0, -1]].tolist()
-        if num_offsets and first != 0:
+        if (num_offsets and first != 0) or not is_rising or last != num_values:
+            self._check_offsets(offsets, num_values, num_offsets)
+        weights = self._checked_weights(values, weights)
+        values = values.detach().to("cpu", torch.int64).reshape(-1).contiguous()
+        return _Batch(values, offsets, weights)
+
+    def _device_batch(
+        self, values: torch.Tensor, offsets: torch.Tensor, offsets_end: bool, weights: torch.Tensor | None
+    ) -> _Batch:
+        """The batch on the cache's device, where it will be checked; the tensors of a batch that was announced."""
+        device, num_offsets = self._cache.device, offsets.numel()
+        source = _source_of(values, offsets, offsets_end)
+        found = self._cache.ahead.find(source)
+        if weights is not None:
+            weights = weights.to(device)
+        if found is not None:
+            return _Batch(*found, weights, num_offsets)
+        ends = offsets.detach().to(device, torch.int64)
+        if not offsets_end:
+            ends = torch.cat([ends, ends.new_full((1,), values.numel())])
+        elif ends.data_ptr() == offsets.data_ptr():
+            ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
+        ids = values.detach().to(device, torch.int64).reshape(-1).contiguous()
+        ids._freqcache_source = source
+        return _Batch(ids, ends.contiguous(), weights, num_offsets)
+
+    def _check_offsets(self, offsets: torch.Tensor, num_values: int, num_given: int) -> None:
+        """ValueError for offsets int64[T*B+1] that are no bounds of bags; the caller gave the first `num_given`."""
+        first, last = int(offsets[0]), int(offsets[-1])
+        if num_given and first != 0:
             raise ValueError(f"offsets[0] is {first}: the first bag must start at 0")
-        if not is_rising:
-            number = int((offsets.diff() < 0).nonzero()[0, 0]) + 1
-            if number == num_offsets:  # the end that was appended
+        falls = (offsets.diff() < 0).nonzero()
+        if falls.numel():
+            number = int(falls[0, 0]) + 1
+            if number == num_given:  # the end that was appended
                 raise ValueError(
                     f"offsets[{number - 1}] is {int(offsets[number - 1])}, past the end of {num_values} ids"
                 )
@@ -257,7 +304,9 @@ class _CachedBags(nn.Module):
             )
         if last != num_values:
             where = "past the end of" if last > num_values else "not the end of"
-            raise ValueError(f"offsets[{num_offsets - 1}] is {last}, {where} {num_values} ids")
+            raise ValueError(f"offsets[{num_given - 1}] is {last}, {where} {num_values} ids")
+
+    def _checked_weights(self, values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
         if weights is not None:
             if self.mode != "sum":
                 raise NotImplementedError(
@@ -272,8 +321,7 @@ class _CachedBags(nn.Module):
                     f"per_sample_weights is {weights.dtype}, the table {self._cache.layout.dtype}: they must agree"
                 )
             weights = weights.reshape(-1).contiguous()
-        values = values.detach().to("cpu", torch.int64).reshape(-1).contiguous()
-        return _Batch(values, offsets, weights)
+        return weights
 
     def _prefetch(self, batch: _Batch) -> None:
         def prefetch() -> None:
@@ -294,14 +342,14 @@ class _CachedBags(nn.Module):
 
         def begin() -> None:
             self._cache.ahead.end()
-            if self._cache.config.evict_strategy is None and not self._cache.foresees:
+            if self._cache.config.evict_strategy is None and self._cache.can_foresee and not self._cache.foresees:
                 self._cache.renew_policy(EvictionStrategy.LOOKAHEAD)
 
         self._looks_ahead = None
         with self._cached_weight.lock, plain_mode():
             self._placement.together(begin)
         self._looks_ahead = who
-        self._ahead_kernels = make_kernels(self._cache.config.kernels)  # of another thread, with a workspace of its own
+        self._ahead_kernels = self._cache.kernels_of_thread()
 
     def _wanted_ids(self, arguments: Sequence[torch.Tensor], executor: Executor) -> Future:
         """The distinct ids of a later forward's arguments, as a WantedIds to come; no arguments: none."""
@@ -312,9 +360,8 @@ class _CachedBags(nn.Module):
         )
 
     def _no_batch(self) -> _Batch:
-        return _Batch(
-            torch.zeros(0, dtype=torch.int64), torch.zeros(self._padding_ids.numel() + 1, dtype=torch.int64), None
-        )
+        numbers = {"dtype": torch.int64, "device": self._cache.device}
+        return _Batch(torch.zeros(0, **numbers), torch.zeros(self._padding_ids.numel() + 1, **numbers), None)
 
     def _announce(self, who: object, wanted: Future) -> None:
         self._check_looks_ahead(who)
@@ -452,7 +499,7 @@ class _CachedBags(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """`.to()`, `.double()` and the like: only what leaves dtype and device alone."""
-        probe = torch.empty(0, dtype=self._cache.layout.dtype)
+        probe = torch.empty(0, dtype=self._cache.layout.dtype, device=self._cache.device)
         moved = fn(probe)
         if moved.dtype != probe.dtype:
             raise TypeError(
@@ -460,7 +507,8 @@ class _CachedBags(nn.Module):
             )
         if moved.device != probe.device:
             raise NotImplementedError(
-                f"a cached table cannot be moved to {moved.device}: a cache on an accelerator is planned, not built yet"
+                f"a cached table cannot be moved from {probe.device} to {moved.device}: build it with "
+                f"device={str(moved.device)!r}"
             )
         if moved.is_shared():
             raise NotImplementedError("a cached table cannot be moved to shared memory: load its state_dict instead")
@@ -655,8 +703,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
         if input.dim() == 2:
             if offsets is not None:
                 raise ValueError("offsets must be None for a 2-D input: its rows are the bags")
-            starts = torch.arange(input.shape[0] + 1) * input.shape[1]
-            return self._checked_batch(input, starts, True, per_sample_weights)
+            return self._checked_batch(input, self._even_offsets(*input.shape), True, per_sample_weights)
         if input.dim() != 1:
             raise ValueError(f"input has {input.dim()} dimensions: give 1 (with offsets) or 2")
         if offsets is None:
@@ -664,6 +711,15 @@ class FreqAwareEmbeddingBag(_CachedBags):
         if offsets.dim() != 1:
             raise ValueError(f"offsets has {offsets.dim()} dimensions: give 1")
         return self._checked_batch(input, offsets, self.include_last_offset, per_sample_weights)
+
+    def _even_offsets(self, num_bags: int, size: int) -> torch.Tensor:
+        """Where bags of one size start and end, int64[B+1]; the same tensor again for the same sizes."""
+        sizes, offsets = self._last_even_offsets
+        if sizes != (num_bags, size):
+            with torch.inference_mode(False):
+                offsets = torch.arange(num_bags + 1, device=self._cache.device) * size
+            self._last_even_offsets = (num_bags, size), offsets
+        return offsets
 
     def _table_key(self, table: int) -> str:
         return "weight"
@@ -875,15 +931,61 @@ class _Pooling:
             values = kernels.pool_backward(*arguments, weights, self.mode == "mean", self.scale_by_freq, *places)
         return weight.gradient(slots, values) if fused is None else weight.train_in_backward(slots, values, *fused)
 
-    def _weights_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+    def _check_version(self) -> None:
         if self.version != self.rows_version():
             raise RuntimeError(
                 "the gradient of per_sample_weights needs the rows as they were in the forward, and they were updated "
                 "since (by a step, a load or max_norm): run backward before that"
             )
+
+    def _weights_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        self._check_version()
         lookup, cache = self.lookup, self.weight.cache
         return cache.kernels.weight_gradient(
             grad, cache.records, cache.layout.dim, lookup.slot_of_unique, lookup.unique_of_position, lookup.offsets
+        )
+
+
+class _DevicePooling(_Pooling):
+    """The same where the maps are on the device: gradients are summed by the order of ids that the lookup has found."""
+
+    def forward(self, weights: torch.Tensor | None) -> torch.Tensor:
+        lookup, cache = self.lookup, self.weight.cache
+        out, self.kept = cache.kernels.bags(
+            cache.records,
+            cache.layout.dim,
+            lookup.slot_of_unique,
+            lookup.plan,
+            lookup.offsets,
+            weights,
+            self.mode,
+            lookup.num_tables,
+        )
+        return out
+
+    def _rows_gradient(self, grad: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        weight, lookup, cache = self.weight, self.lookup, self.weight.cache
+        kernels, slots = cache.kernels, lookup.slot_of_unique
+        arguments = (grad, lookup.plan, lookup.offsets, self.kept, weights, self.mode, self.scale_by_freq, slots)
+        fused = weight.fused_step()
+        if fused is None:
+            slots, place_of_unique = kernels.order_slots(slots)
+            return weight.gradient(slots, kernels.row_gradients(*arguments, place_of_unique, slots.numel()))
+        group, step = fused
+        rule = (weight.rule.name, weight.rule.numbers(group, step))
+        if not group.get("maximize") and kernels.train_rows(
+            *arguments, lookup.num_unique, cache.records, cache.slots.dirty, cache.layout.dim, rule
+        ):
+            return weight.trained_in_backward(grad)
+        places = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device)
+        values = kernels.row_gradients(*arguments, places, slots.numel())
+        return weight.train_in_backward(slots, values, group, step)
+
+    def _weights_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        self._check_version()
+        lookup, cache = self.lookup, self.weight.cache
+        return cache.kernels.weight_gradients(
+            grad, cache.records, cache.layout.dim, lookup.slot_of_unique, lookup.plan, lookup.offsets
         )
 
 
@@ -909,6 +1011,32 @@ class _PoolFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         weights = saved[0] if saved else None
         return (*ctx.pooling.backward(grad, weights, *ctx.needs_input_grad[:2]), None)
+
+
+def _device_of(device: Any) -> torch.device:
+    """The device that a user names, with its number; the CPU for None."""
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _source_of(values: torch.Tensor, offsets: torch.Tensor, offsets_end: bool) -> tuple:
+    """By what a batch is known again: its tensors' memory and version. Holds them, so that nothing else gets their
+    memory."""
+    return tuple((_Same(tensor)) for tensor in (values, offsets)) + (offsets_end,)
+
+
+class _Same:
+    """A tensor, equal to one with the same memory, shape and version."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        self._version = 0 if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (self._key, self._version) == (other._key, other._version)
 
 
 def _check_integers(name: str, tensor: torch.Tensor) -> None:

@@ -332,4 +332,4 @@ def _values_in_row_order(parameter: torch.Tensor) -> torch.Tensor:
     weight = cached_weight_of(parameter)
     if weight is None:
         return grad.coalesce()._values()
-    return grad._values()[torch.argsort(weight.cache.slots.row_of_slot[grad._indices()[0]])]
+    return grad._values()[torch.argsort(weight.cache.rows_in(grad._indices()[0]))]

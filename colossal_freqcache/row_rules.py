@@ -43,6 +43,10 @@ class RowRule:
                     f"parameter, in a param_group of its own"
                 )
 
+    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """The hyper-parameters of step number `step`, in the order in which the kernels' updates take them."""
+        raise NotImplementedError
+
     def update(
         self, kernels, records, layout: RowLayout, slots, grads, group: dict[str, Any], step: int, placement
     ) -> None:
@@ -60,8 +64,11 @@ class SGDRule(RowRule):
     counts_steps = False
     refused = ("momentum", "weight_decay", "differentiable")
 
+    def numbers(self, group, step):
+        return (float(group["lr"]),)
+
     def update(self, kernels, records, layout, slots, grads, group, step, placement):
-        kernels.update_sgd(records, layout.dim, slots, grads, float(group["lr"]))
+        kernels.update_sgd(records, layout.dim, slots, grads, *self.numbers(group, step))
 
 
 class AdagradRule(RowRule):
@@ -73,9 +80,11 @@ class AdagradRule(RowRule):
     def layout(self, dim, dtype, group):
         return RowLayout(dim, dtype, (("sum", dim, float(group.get("initial_accumulator_value", 0.0))),))
 
+    def numbers(self, group, step):
+        return float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]), group["eps"]
+
     def update(self, kernels, records, layout, slots, grads, group, step, placement):
-        lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
-        kernels.update_adagrad(records, layout.dim, slots, grads, lr, group["eps"])
+        kernels.update_adagrad(records, layout.dim, slots, grads, *self.numbers(group, step))
 
 
 class RowWiseAdagradRule(AdagradRule):
@@ -88,9 +97,10 @@ class RowWiseAdagradRule(AdagradRule):
         return RowLayout(dim, dtype, (("sum", 1, float(group.get("initial_accumulator_value", 0.0))),))
 
     def update(self, kernels, records, layout, slots, grads, group, step, placement):
-        lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
-        mean_squares = placement.row_totals(kernels.square_sums(grads), slots) / placement.dim
-        kernels.update_rowwise_adagrad(records, layout.dim, slots, grads, mean_squares, lr, group["eps"])
+        mean_squares = None
+        if not getattr(kernels, "takes_means", False):  # else of rows that are whole, in the update's own pass
+            mean_squares = placement.row_totals(kernels.square_sums(grads), slots) / placement.dim
+        kernels.update_rowwise_adagrad(records, layout.dim, slots, grads, mean_squares, *self.numbers(group, step))
 
 
 class AdamRule(RowRule):
@@ -102,10 +112,12 @@ class AdamRule(RowRule):
     def layout(self, dim, dtype, group):
         return RowLayout(dim, dtype, (("exp_avg", dim, 0.0), ("exp_avg_sq", dim, 0.0)))
 
-    def update(self, kernels, records, layout, slots, grads, group, step, placement):
+    def numbers(self, group, step):
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        step_size = float(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        kernels.update_adam(records, layout.dim, slots, grads, beta1, beta2, group["eps"], step_size)
+        return beta1, beta2, group["eps"], float(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+    def update(self, kernels, records, layout, slots, grads, group, step, placement):
+        kernels.update_adam(records, layout.dim, slots, grads, *self.numbers(group, step))
 
 
 RULES = {rule.name: rule for rule in (SGDRule, AdagradRule, RowWiseAdagradRule, AdamRule)}

@@ -5,13 +5,16 @@ Shapes: N positions of a batch, U unique rows, C slots, W record width, D embedd
 A *record* is a row of a (C, W) block: D weights, then the optimizer's state (RowLayout).
 """
 
-from typing import NamedTuple, Protocol
+import importlib.util
+import os
+import warnings
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-__all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "WantedIds", "make_kernels"]
+__all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "WantedIds", "make_device_kernels", "make_kernels"]
 
-KERNEL_SETS = ("cpu", "torch")
+KERNEL_SETS = ("cpu", "torch", "cuda")
 
 
 class BatchPlan(NamedTuple):
@@ -104,8 +107,7 @@ def make_kernels(name: str) -> Kernels:
     """The kernel set called `name`: "cpu" (numba), "torch" (plain twin), "auto" (cpu).
 
     Raises:
-        ValueError: unknown name; lists the sets that exist.
-        NotImplementedError: "cuda", which is planned.
+        ValueError: unknown name, or "cuda", which is for a device; lists the sets that exist.
     """
     if name in ("auto", "cpu"):
         from .cpu import CpuKernels
@@ -115,6 +117,41 @@ def make_kernels(name: str) -> Kernels:
         from .torch import TorchKernels
 
         return TorchKernels()
-    if name == "cuda":
-        raise NotImplementedError('kernels="cuda" (Triton kernels) is planned, not built yet; use "cpu" or "torch"')
     raise ValueError(f'kernels={name!r} is unknown: choose "auto" or one of {", ".join(map(repr, KERNEL_SETS))}')
+
+
+def make_device_kernels(name: str, device: torch.device) -> Any:
+    """The kernel set called `name` for a cache whose maps are on `device`: "cuda" (Triton), "torch" (its plain twin),
+    "auto" (cuda where it runs, else torch, with a warning).
+
+    Raises:
+        ValueError: unknown name, or "cpu".
+        RuntimeError: "cuda" where it cannot run; says why.
+    """
+    if name not in ("auto", "torch", "cuda"):
+        raise ValueError(f"kernels={name!r} on {device}: choose 'auto', 'cuda' or 'torch'")
+    from .device import DeviceTorchKernels
+
+    if name == "torch":
+        return DeviceTorchKernels()
+    problem = _problem_with_triton(device)
+    if problem is None:
+        from .cuda import CudaKernels
+
+        return CudaKernels()
+    if name == "cuda":
+        raise RuntimeError(f"kernels='cuda' on {device}: {problem}; kernels='torch' runs there, only slower")
+    warnings.warn(f"{problem}: the torch kernel set is used, which is correct, only slower", stacklevel=2)
+    return DeviceTorchKernels()
+
+
+def _problem_with_triton(device: torch.device) -> str | None:
+    """Why the Triton set cannot run on `device`, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU it needs Triton's interpreter"
+    if device.type != "cuda":
+        return f"Triton kernels do not run on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (7, 0) else f"the GPU's compute capability is {capability}, and Triton needs (7, 0)"

@@ -66,8 +66,8 @@ class TorchKernels:
 
     def order_slots(self, slot_of_unique):
         slots, order = torch.sort(slot_of_unique.long())
-        place_of_unique = torch.empty(order.numel(), dtype=torch.int32)
-        place_of_unique[order] = torch.arange(order.numel(), dtype=torch.int32)
+        place_of_unique = torch.empty(order.numel(), dtype=torch.int32, device=order.device)
+        place_of_unique[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
         return slots, place_of_unique
 
     def copy_rows(self, source, source_rows, target, target_rows):
@@ -78,7 +78,7 @@ class TorchKernels:
         rows = records[slot_of_unique.long()[unique_of_position[kept].long()], :dim]
         if weights is not None:
             rows = rows * weights.detach()[kept].unsqueeze(1)
-        out = rows.new_zeros(offsets.numel() - 1, dim).index_add_(0, bag, rows)
+        out = _sums(rows, bag, offsets.numel() - 1)
         if mean:
             out /= torch.bincount(bag, minlength=out.shape[0]).clamp(min=1).to(out.dtype).unsqueeze(1)
         return _batch_major(out, num_tables)
@@ -96,7 +96,7 @@ class TorchKernels:
         position = kept.nonzero().expand_as(rows)
         none = unique_of_position.numel()
         candidates = torch.where((rows == out[bag]) | stuck, position, none)
-        chosen = torch.full((num_bags, dim), none).scatter_reduce(0, lane, candidates, "amin")
+        chosen = torch.full((num_bags, dim), none, device=bag.device).scatter_reduce(0, lane, candidates, "amin")
         out[bag[first]] = torch.where(stuck[first], rows_as_they_are[first], out[bag[first]])
         out[torch.bincount(bag, minlength=num_bags) == 0] = 0
         return _batch_major(out, num_tables), torch.where(chosen == none, -1, chosen)
@@ -113,14 +113,13 @@ class TorchKernels:
             rows = rows * weights.detach()[kept].unsqueeze(1)
         if scale_by_freq:
             rows = rows / torch.bincount(unique)[unique].to(rows.dtype).unsqueeze(1)
-        return grad.new_zeros(num_places, grad.shape[2]).index_add_(0, place_of_unique.long()[unique], rows)
+        return _sums(rows, place_of_unique.long()[unique], num_places)
 
     def pool_max_backward(self, grad, unique_of_position, offsets, chosen, place_of_unique, num_places):
         dim = grad.shape[2]
         bags, lanes = (chosen >= 0).nonzero(as_tuple=True)
         places = place_of_unique.long()[unique_of_position[chosen[bags, lanes]].long()]
-        # index_add_ goes in order; index_put_(accumulate=True) does not where torch has several threads.
-        values = grad.new_zeros(num_places * dim).index_add_(0, places * dim + lanes, _table_major(grad)[bags, lanes])
+        values = _sums(_table_major(grad)[bags, lanes], places * dim + lanes, num_places * dim)
         return values.view(num_places, dim)
 
     def weight_gradient(self, grad, records, dim, slot_of_unique, unique_of_position, offsets):
@@ -150,7 +149,7 @@ class TorchKernels:
         records[slots, :dim] = records[slots, :dim] - grads / (sums.sqrt() + eps) * lr
 
     def square_sums(self, grads):
-        squares = torch.zeros(grads.shape[0], dtype=torch.float64)
+        squares = torch.zeros(grads.shape[0], dtype=torch.float64, device=grads.device)
         for d in range(grads.shape[1]):  # one order for every row, wherever it stands in the batch
             squares += grads[:, d].double() * grads[:, d].double()
         return squares
@@ -196,8 +195,16 @@ def _positions_per_table(offsets: torch.Tensor, num_tables: int) -> torch.Tensor
 def _bag_of_position(offsets: torch.Tensor, unique_of_position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(the bag of each position that is not padding, which positions those are)."""
     kept = unique_of_position >= 0
-    bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1), offsets.diff())
+    bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
     return bag[kept], kept
+
+
+def _sums(rows: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
+    """out[places[i]] += rows[i], in order of i on every device."""
+    out = rows.new_zeros(num_places, *rows.shape[1:])
+    if rows.is_cuda:
+        return out.index_put_((places,), rows, accumulate=True)  # sorts; index_add_ adds in any order there
+    return out.index_add_(0, places, rows)  # in order; index_put_ is not where torch has several threads
 
 
 def _batch_major(out: torch.Tensor, num_tables: int) -> torch.Tensor:

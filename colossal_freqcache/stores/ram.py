@@ -27,6 +27,11 @@ class RamStore:
     def write(self, rows: torch.Tensor, records: torch.Tensor, places: torch.Tensor) -> None:
         self._kernels.copy_rows(records, places, self._records, rows)
 
+    @property
+    def host_records(self) -> torch.Tensor:
+        """(R, W): all records, for a device that reads and writes them itself."""
+        return self._records
+
     def spawn(self) -> "RamStore":
         return RamStore(self._kernels)
 

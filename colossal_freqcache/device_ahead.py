@@ -1,0 +1,198 @@
+"""DeviceAhead: the batches to come, of a DeviceCache: looked up and admitted on a stream of their own.
+
+A batch that comes is first planned (its rows are looked up, and its counts set out for the host), and at the next batch
+that is handed out, when its counts have long arrived, admitted: victims are chosen, written back, and its rows fetched,
+while the current batch trains. So nobody waits for anybody, but for the rows themselves.
+
+Three stories that the order of streams is made for (m: the stream that trains, s: the one that admits):
+    early eviction   batch t+1 is admitted while t trains: it may not push out a row of t. Both hold their numbers, and
+                     a slot that a batch from the oldest held number on has used is no victim.
+    dirty fetch      t+1 evicts a row that t-1 has trained, t+2 wants it back. s waits for m up to the end of t-1 before
+                     it writes the row back, and t+2's fetch comes later on s: it reads what was written.
+    stale slot       t+1's rows are used by m before they are there, or a victim is trained while it is written back.
+                     m waits for the event behind t+1's fetch; and a row that m will still train is held by its batch,
+                     or its training was launched before s was told to wait for m.
+
+Knows batches as tensors of ids; nothing of loaders, modules or gradients.
+"""
+
+from collections import deque
+from typing import Any
+
+import torch
+
+__all__ = ["DeviceAhead"]
+
+
+class _Coming:
+    """An announced batch."""
+
+    def __init__(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
+        self.values, self.offsets, self.padding_ids = values, offsets, padding_ids
+        self.planned: Any = None  # looked up, and held; None also once it is admitted
+        self.lookup: Any = None  # admitted, and held
+        self.ready: torch.cuda.Event | None = None  # behind its fetch
+
+
+class DeviceAhead:
+    """The batches to come, of one cache, which is a DeviceCache."""
+
+    is_moving = is_holding = False  # what RowCache asks of its own
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._coming: deque[_Coming] = deque()
+        self._current: _Coming | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._is_apart = False  # the side stream has work that the training stream has not waited for
+        self.abandoned = False
+
+    @property
+    def num_announced(self) -> int:
+        """Batches that are known and not handed out."""
+        return len(self._coming)
+
+    @property
+    def num_admitted(self) -> int:
+        """Of these, those whose rows have slots."""
+        return sum(batch.lookup is not None for batch in self._coming)
+
+    # ---- what a loader calls ------------------------------------------------------------------------------------
+
+    def announce(self, wanted: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """The batch after all announced ones: values, offsets, padding ids, on the device."""
+        self._coming.append(_Coming(*wanted))
+
+    def hand_out(self, depth: int) -> None:
+        """The next announced batch becomes the current one; the one before lets go of its rows.
+
+        The `depth` batches behind it are admitted as far as they fit, in order, and the one behind them is planned.
+        """
+        if self._current is not None:
+            self._release(self._current)
+        self._current = self._coming.popleft()
+        if not depth:
+            return
+        with self._side_stream():
+            self._admit_ahead(depth)
+
+    def _admit_ahead(self, depth: int) -> None:
+        for number, batch in enumerate(self._coming):
+            if number > depth:
+                break
+            if batch.lookup is not None:
+                continue
+            if batch.planned is not None and batch.planned.version != self._cache.slots.version:
+                self._forget_plan(batch)  # somebody else has changed the maps since
+            if batch.planned is None:
+                batch.planned = self._cache.plan(batch.values, batch.offsets, batch.padding_ids)
+                if number == depth:
+                    break
+            if not self._admit(batch):
+                break
+
+    def _admit(self, batch: _Coming) -> bool:
+        """False where its rows do not fit now, or it has a bad id: its own forward will see."""
+        cache, planned = self._cache, batch.planned
+        cache.wait_for_counts(planned)
+        batch.planned = None
+        try:
+            batch.lookup = cache.admit(planned)
+        except ValueError:
+            return False
+        if self._stream is not None:
+            batch.ready = self._stream.record_event()
+        return True
+
+    def end(self) -> None:
+        """No batch comes any more: lets go of all rows."""
+        self.let_go()
+        self._coming.clear()
+        self._current = None
+        self.abandoned = False
+        self.join()
+
+    def end_if_abandoned(self) -> None:
+        """`end`, where nobody could call it."""
+        if self.abandoned:
+            self.end()
+
+    # ---- what the cache calls -----------------------------------------------------------------------------------
+
+    def take(self, values: torch.Tensor) -> Any:
+        """The lookup of the current batch, if it is the one with these `values` and was admitted, once more held."""
+        batch = self._current
+        if batch is None or batch.values is not values or batch.lookup is None:
+            return None
+        lookup = batch.lookup
+        if batch.ready is not None:
+            stream = torch.cuda.current_stream(self._cache.device)
+            stream.wait_event(batch.ready)
+            for tensor in (*lookup.plan, lookup.slot_of_unique):
+                tensor.record_stream(stream)
+        hold = self._cache.hold(lookup.hold.use, lookup.slot_of_unique)
+        return type(lookup)(lookup.plan, hold, lookup.offsets, lookup.num_tables)
+
+    def find(self, source: tuple | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(values, offsets) on the device of the current batch, if they were made from `source`."""
+        batch = self._current
+        if batch is None or source is None or getattr(batch.values, "_freqcache_source", None) != source:
+            return None
+        return batch.values, batch.offsets
+
+    def join(self) -> None:
+        """From here on the training stream runs behind what was launched on the side."""
+        if self._is_apart:
+            self._is_apart = False
+            torch.cuda.current_stream(self._cache.device).wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """As `join`."""
+        self.join()
+
+    def let_go(self) -> None:
+        """No batch holds slots any more; what is announced stays so."""
+        for batch in [*([] if self._current is None else [self._current]), *self._coming]:
+            self._release(batch)
+
+    def let_go_of_farthest(self, planned: Any) -> bool:
+        """Lets go of the rows of the farthest batch that holds some, but for the one that asks; False if none does."""
+        for batch in reversed([*([] if self._current is None else [self._current]), *self._coming]):
+            if batch.planned is not planned and (batch.planned is not None or batch.lookup is not None):
+                self._release(batch)
+                return True
+        return False
+
+    def store_changed(self) -> None:
+        """The cache has another store and block."""
+        self.let_go()
+
+    def num_bytes(self) -> int:
+        """Bytes of the ids of announced batches."""
+        return sum(batch.values.nbytes + batch.offsets.nbytes for batch in self._coming)
+
+    # ---- how ----------------------------------------------------------------------------------------------------
+
+    def _side_stream(self) -> Any:
+        device = self._cache.device
+        if device.type != "cuda":
+            return torch.no_grad()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._is_apart = True
+        for batch in self._coming:
+            batch.values.record_stream(self._stream)
+            batch.offsets.record_stream(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def _release(self, batch: _Coming) -> None:
+        lookup, batch.lookup = batch.lookup, None
+        if lookup is not None:
+            self._cache.unpin(lookup.hold)
+        self._forget_plan(batch)
+
+    def _forget_plan(self, batch: _Coming) -> None:
+        planned, batch.planned = batch.planned, None
+        if planned is not None:
+            self._cache.drop_plan(planned)

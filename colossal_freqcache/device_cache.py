@@ -1,0 +1,508 @@
+"""DeviceCache: a RowCache whose maps live on the training device, so that the host decides nothing about single rows.
+
+Batches have numbers, and a slot remembers the last one that used its row. A row must stay while a batch from the oldest
+number on that somebody holds has used it: so holding and letting go are host arithmetic, not a pass over slots. That
+keeps some rows longer than needed; where they are in the way, one pass over the slots tells exactly.
+The host learns of a batch what it needs to size what follows (a bad id, how many rows are unique, how many missing):
+four integers, in one read, which `wait_for_counts` does and counts.
+Shapes: N positions, U unique rows, M missing, C slots, W record width, T tables, B bags a table.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cache import CHUNK_BYTES, CacheTooSmallError, RowCache, converted
+from .device_ahead import DeviceAhead
+from .device_slots import DeviceSlots
+from .eviction import EvictionStrategy
+from .host_memory import PinnedPages
+from .kernels import make_device_kernels, make_kernels
+from .kernels.device import DevicePlan, Tables
+from .metrics import CacheStats
+from .row_layout import RowLayout
+
+__all__ = ["BadOffsetsError", "DeviceCache", "DeviceLookup", "Hold"]
+
+# A victim is the worst of so many candidates: sampling by a sweep, as close to the policy's order as caches need.
+CHOICES = 8
+
+
+
+class BadOffsetsError(ValueError):
+    """Offsets that are no bounds of bags; nothing was modified."""
+
+
+STRATEGIES = {EvictionStrategy.DATASET: "dataset", EvictionStrategy.LRU: "lru", EvictionStrategy.LFU: "lfu"}
+
+
+class Hold:
+    """Rows that must stay: those that batch number `use` has used, in `slots` (int32[U])."""
+
+    __slots__ = ("slots", "use")
+
+    def __init__(self, use: int, slots: torch.Tensor) -> None:
+        self.use, self.slots = use, slots
+
+    def numel(self) -> int:
+        """U."""
+        return self.slots.numel()
+
+
+class DeviceLookup:
+    """Where the rows of one batch sit. Valid while it is held.
+
+    Attributes: plan; slot_of_unique int32[U]; num_unique U; offsets int64[T*B+1]; num_tables T; hold.
+    """
+
+    def __init__(self, plan: DevicePlan, hold: Hold, offsets: torch.Tensor, num_tables: int) -> None:
+        self.plan, self.hold, self.offsets, self.num_tables = plan, hold, offsets, num_tables
+        self.slot_of_unique = hold.slots
+        self.num_unique = hold.slots.numel()
+
+
+class Planned:
+    """A batch that was looked up on the device, and whose counts are on their way to the host."""
+
+    def __init__(self, cache: "DeviceCache", values: torch.Tensor, offsets: torch.Tensor, tables: Tables) -> None:
+        self.values, self.offsets, self.tables = values, offsets, tables
+        self.use = cache.next_use()
+        self.version = cache.slots.version
+        self.plan = cache.kernels.plan(values, offsets, tables, cache.slots, self.use)
+        self._counts, self._event = self.plan.found, None
+        if self.plan.found.is_cuda:
+            self._counts = torch.empty(4, dtype=torch.int64, pin_memory=True)
+            self._counts.copy_(self.plan.found, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the counts are on the host."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Returns when they are."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def counts(self) -> list[int]:
+        """First bad position (N: none), U, M, whether the offsets are bad."""
+        return self._counts.tolist()
+
+
+class DeviceCache(RowCache):
+    """As RowCache, for a training device: the same methods where others call them.
+
+    Args:
+        device: where the block and the maps are. The others as RowCache's.
+
+    Attributes:
+        slots: DeviceSlots. ahead: DeviceAhead. num_syncs: times that the host waited for a batch's counts.
+
+    The cache does not grow: `num_slots` is the ceiling.
+    """
+
+    on_device = True
+    can_foresee = False
+
+    def __init__(self, *arguments: Any, device: torch.device, **options: Any) -> None:
+        self.device = device
+        self.num_syncs = 0
+        self._last_use = 0
+        self._held: dict[int, int] = {}  # number of a batch -> how often it is held
+        self._slots_of_use: dict[int, torch.Tensor] = {}
+        self._unique_before: dict[int, int] = {}  # unique rows of all batches before that number
+        self._num_unique = 0
+        self._uncounted: list[Planned] = []  # planned, and not in `_num_unique`
+        self._prefetched: Hold | None = None
+        self._pages: PinnedPages | None = None
+        super().__init__(*arguments, **options)
+
+    # ---- how RowCache builds it ---------------------------------------------------------------------------------
+
+    def _make_kernels(self) -> Any:
+        return make_device_kernels(self.config.kernels, self.device)
+
+    def _make_ahead(self) -> Any:
+        return DeviceAhead(self)
+
+    def _host_kernels(self) -> Any:
+        return make_kernels("cpu")
+
+    def size_in_slots(self, row_bytes: int) -> tuple[int, int]:
+        num_slots, _ = self.config.size_in_slots(self.num_rows, row_bytes)
+        return num_slots, num_slots
+
+    def _start_empty(self, num_slots: int, ceiling: int) -> None:
+        self.renew_policy()
+        self.slots = DeviceSlots(
+            num_slots, self.num_rows, self.order.id_of_row is None, self._key == "lfu", self.device
+        )
+        self.records = torch.zeros(ceiling, self.layout.width, dtype=self.layout.dtype, device=self.device)
+        self._hand = 0
+        self.moves += 1
+        self._pin()
+
+    def _pin(self) -> None:
+        """The store's pages, where it has its rows in memory, and the map to them, are read by the device itself."""
+        rows = getattr(self.store, "host_records", None)
+        self._row_of_id = None if self.order.row_of_id is None else torch.from_numpy(self.order.row_of_id)
+        wanted = [tensor for tensor in (rows, self._row_of_id) if tensor is not None]
+        if self._pages is not None:
+            self._pages.close()
+        self._pages = PinnedPages(wanted, self.device)
+        self._store_records = rows if self._pages.is_pinned else None
+
+    def renew_policy(self, strategy: EvictionStrategy | None = None) -> None:
+        """Checks the policy's name; a device cache keeps the policies' numbers in its maps."""
+        if self.config.evict_strategy is None and not self.knows_counts:
+            self.strategy = EvictionStrategy.LRU
+        self.strategy = strategy or self.strategy
+        if self.strategy not in STRATEGIES:
+            raise NotImplementedError(
+                f"evict_strategy={self.strategy.value!r} on {self.device.type}: a cache on a device has "
+                f"{', '.join(repr(key) for key in STRATEGIES.values())} (others are planned); in None, it takes "
+                f"'dataset' with counts, else 'lru'"
+            )
+        self._key = STRATEGIES[self.strategy]
+
+    @property
+    def knows_counts(self) -> bool:
+        """Whether rows are ordered by the counts of their ids."""
+        return self.order.id_of_row is not None
+
+    @property
+    def foresees(self) -> bool:
+        return False
+
+    # ---- a batch ------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, counted: bool = True
+    ) -> DeviceLookup:
+        """As RowCache.prepare; all tensors on the device. The caller gives `hold` to `unpin`."""
+        ready = self.ahead.take(values) if counted else None
+        if ready is not None:
+            return ready
+        self.ahead.join()
+        planned = self.plan(values, offsets, padding_ids)
+        self.wait_for_counts(planned)
+        lookup = self.admit(planned, counted)
+        self.end_prefetch()
+        return lookup
+
+    def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
+        self.ahead.join()
+        planned = self.plan(values, offsets, padding_ids)
+        self.wait_for_counts(planned)
+        before, self._prefetched = self._prefetched, None
+        if before is not None:
+            self.unpin(before)
+        try:
+            self._prefetched = self.admit(planned, counted=True).hold
+        except CacheTooSmallError:
+            self._prefetched = None if before is None else self.hold(before.use, before.slots)
+            raise
+
+    def end_prefetch(self) -> None:
+        if self._prefetched is not None:
+            hold, self._prefetched = self._prefetched, None
+            self.unpin(hold)
+
+    def wanted_ids(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, kernels: Any) -> Any:
+        """The batch as it is: the device looks at it when it is its turn."""
+        return values, offsets, padding_ids
+
+    def next_use(self) -> int:
+        """The number of the batch that is looked up next; nobody holds it yet."""
+        self._last_use += 1
+        self._unique_before[self._last_use] = self._num_unique
+        return self._last_use
+
+    def plan(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> Planned:
+        """Looks a batch up; changes no map. The host does not wait."""
+        planned = Planned(self, values, offsets, Tables(self._device_rows, self._device_starts, padding_ids))
+        self._held[planned.use] = 1
+        self._uncounted.append(planned)
+        return planned
+
+    def drop_plan(self, planned: Planned) -> None:
+        """The planned batch will not be admitted."""
+        self._let_go(planned.use)
+
+    def wait_for_counts(self, planned: Planned) -> None:
+        """The one place where a step waits for the device."""
+        if not planned.is_known:
+            self.num_syncs += 1
+            planned.wait()
+
+    def admit(self, planned: Planned, counted: bool = True) -> DeviceLookup:
+        """Makes the planned batch's rows resident and holds them. Nothing was changed if it raises."""
+        plan = planned.plan
+        for other in self._uncounted:  # they have marked rows as used
+            self.wait_for_counts(other)
+            self._num_unique += other.counts()[1]
+        self._uncounted.clear()
+        first_bad, num_unique, num_missing, bad_offsets = planned.counts()
+        try:
+            if bad_offsets:
+                raise BadOffsetsError("offsets are not the bounds of bags: from 0 to the number of ids, not decreasing")
+            if first_bad < planned.values.numel():
+                raise self._bad_id(planned.values.cpu(), planned.offsets.cpu(), first_bad)
+            slots = plan.slot_of_unique[:num_unique]
+            if num_missing:
+                self._fetch(planned, slots, num_missing)
+        except BaseException:
+            self._let_go(planned.use)
+            raise
+        if counted:
+            self._device_counts += plan.counts
+        self._slots_of_use[planned.use] = slots
+        return DeviceLookup(plan, Hold(planned.use, slots), planned.offsets, self.table_rows.numel())
+
+    def hold(self, use: int, slots: torch.Tensor) -> Hold:
+        """One more holder of batch `use`, whose rows are still resident."""
+        self._held[use] = self._held.get(use, 0) + 1
+        self._slots_of_use[use] = slots
+        return Hold(use, slots)
+
+    def unpin(self, hold: Hold) -> None:
+        """Ends a hold."""
+        self._let_go(hold.use)
+
+    def _let_go(self, use: int) -> None:
+        self._held[use] -= 1
+        if not self._held[use]:
+            del self._held[use]
+            self._slots_of_use.pop(use, None)
+            oldest = min(self._held, default=self._last_use + 1)
+            for number in itertools.takewhile(lambda number: number < oldest, list(self._unique_before)):
+                del self._unique_before[number]
+
+    def _fetch(self, planned: Planned, slots: torch.Tensor, num_missing: int) -> None:
+        """Evicts, writes back and fetches; `slots` gets the missing rows' slots."""
+        table = self.slots
+        num_fresh = min(num_missing, table.num_slots - table.num_used)
+        targets = torch.arange(table.num_used, table.num_used + num_fresh, dtype=torch.int32, device=self.device)
+        if num_missing > num_fresh:
+            victims = self._choose_victims(planned, slots, num_missing, num_missing - num_fresh)
+            targets = torch.cat([targets, victims]) if num_fresh else victims
+        missing = self.kernels.missing(planned.plan, slots.numel(), num_missing)
+        new_ids = planned.plan.id_of_unique[missing]
+        if self._store_records is None:
+            self._move_through_buffers(targets, num_fresh, new_ids, planned.use)
+        else:
+            old_rows, new_rows = self._exchange(targets, num_fresh, new_ids, planned.use)
+            self.kernels.swap_rows(self._store_records, old_rows, new_rows, self.records, targets)
+        slots[missing] = targets
+        table.num_used += num_fresh
+        self.moves += 1
+        stats = self._stats
+        stats.evictions += num_missing - num_fresh
+        stats.rows_fetched += num_missing
+        stats.bytes_fetched += num_missing * self.layout.row_bytes
+
+    def _exchange(self, targets, num_fresh: int, new_ids, use: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kernels.exchange(
+            self.slots, targets, num_fresh, new_ids, self._row_of_id, True, use, self._device_written
+        )
+
+    def _exchange_known(self, targets, num_fresh: int, new_ids, new_rows: torch.Tensor, use: int) -> None:
+        """The same where the host has found the rows (int64[M], on the host) and has written back what must be."""
+        rows = None if self._row_of_id is None else new_rows.to(self.device)
+        ignored = torch.zeros_like(self._device_written)
+        self.kernels.exchange(self.slots, targets, num_fresh, new_ids, rows, False, use, ignored)
+
+    def _move_through_buffers(self, targets, num_fresh: int, new_ids, use: int) -> None:
+        """Where the device cannot reach the store: the store reads and writes, and the host waits.
+
+        The rows are read, and the victims written, before a map changes: a store that raises changes nothing.
+        """
+        rows = torch.from_numpy(np.ascontiguousarray(self.order.rows(new_ids.cpu().long().numpy())))
+        fetched = torch.empty(rows.numel(), self.layout.width, dtype=self.layout.dtype)
+        self.store.read(rows, fetched, torch.arange(rows.numel()))
+        leaving = targets[num_fresh:].long()
+        self._write_back_slots(leaving[self.slots.dirty[leaving] > 0])
+        self._exchange_known(targets, num_fresh, new_ids, rows, use)
+        self.records[targets.long()] = fetched.to(self.device)
+
+    def _choose_victims(self, planned: Planned, slots: torch.Tensor, num_missing: int, count: int) -> torch.Tensor:
+        """Slots of rows that nobody holds, int32[count].
+
+        At most `in_use` slots are protected, so a window that is longer by `limit` has `limit` candidates.
+        """
+        table = self.slots
+        oldest = min(self._held)
+        in_use = min(self._num_unique - self._unique_before[oldest] - num_missing, table.num_used)
+        while table.num_used - in_use < count:
+            exact = self._protect_exactly(planned.use, slots)
+            oldest = min(self._held)
+            if table.num_used - exact >= count:
+                in_use = exact
+            elif not self.ahead.let_go_of_farthest(planned):
+                needed = exact + num_missing
+                raise CacheTooSmallError(self._too_small(needed, num_missing, exact))
+        limit = min(CHOICES * count, table.num_used - in_use)
+        window = min(table.num_used, in_use + limit)
+        victims = self.kernels.choose_victims(table, self._key, count, self._hand, window, oldest, limit)
+        step = limit * table.num_used // max(table.num_used - in_use, 1)
+        self._hand = (self._hand + min(window, step)) % table.num_used
+        return victims
+
+    def _protect_exactly(self, use: int, slots: torch.Tensor) -> int:
+        """Marks just the rows that are held as used by a batch from the oldest held on; returns their number. O(C)."""
+        oldest = min(self._held)
+        last_use = self.slots.last_use
+        last_use.clamp_(max=oldest - 1)
+        for number, held in sorted(self._slots_of_use.items()):
+            last_use[held.long()] = number
+        last_use[slots[slots >= 0].long()] = use
+        self.num_syncs += self.device.type == "cuda"
+        return int((last_use[: self.slots.num_used] >= oldest).sum())
+
+    def mark_dirty(self, slots: torch.Tensor) -> None:
+        self.slots.dirty.index_fill_(0, slots.long(), 1)
+
+    def rows_stay(self, slots: torch.Tensor) -> bool:
+        return True  # what is held stays, and who asks has compared `moves`
+
+    def rows_in(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.slots.row_of_slot[slots]
+
+    # ---- counters -----------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> CacheStats:
+        """The counters; reading them waits for the device."""
+        looked_up, missed, missing = self._device_counts[:, :3].to("cpu", copy=True).numpy().T
+        written = int(self._device_written)
+        self._device_counts.zero_()
+        self._device_written.zero_()
+        self._stats.hits_per_table += looked_up - missed
+        self._stats.misses_per_table += missed
+        self._stats.misses_unique_per_table += missing
+        self._stats.rows_written_back += written
+        self._stats.bytes_written_back += written * self.layout.row_bytes
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: CacheStats) -> None:
+        with torch.inference_mode(False):
+            num_tables = self.table_rows.numel()
+            self._device_counts = torch.zeros(num_tables, 4, dtype=torch.int64, device=self.device)
+            self._device_written = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._device_rows, self._device_starts = self.table_rows.to(self.device), self.table_starts.to(self.device)
+        self._stats = stats
+
+    # ---- the whole table ----------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """All that was launched has ended: the host may look at the store, and kernels at what the host writes."""
+        self.ahead.join()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _write_back_slots(self, slots: torch.Tensor) -> None:
+        """The records of `slots` (int64) to the store, by way of the host."""
+        for chunk in slots.split(max(1, CHUNK_BYTES // self.layout.row_bytes)):
+            rows = self.slots.row_of_slot[chunk].cpu().long()
+            self.store.write(rows, self.records[chunk].cpu(), torch.arange(rows.numel()))
+        self._stats.rows_written_back += slots.numel()
+        self._stats.bytes_written_back += slots.numel() * self.layout.row_bytes
+
+    def flush(self) -> None:
+        self._finish()
+        self._write_back_slots(self.slots.dirty[: self.slots.num_used].nonzero()[:, 0])
+        if not self._held:  # else a gradient may yet be used, by hand
+            self.slots.dirty.zero_()
+
+    def warm_up(self) -> None:
+        share = 1.0 if self.num_slots == self.num_rows else self.config.warmup_ratio if self.knows_counts else 0.0
+        wanted = int(self.num_slots * share)
+        if wanted <= 0 or self.slots.num_used:
+            return
+        rows = torch.arange(wanted)
+        ids = torch.from_numpy(np.ascontiguousarray(self.order.ids(rows.numpy()))).to(self.device, self.slots.number)
+        targets = torch.arange(wanted, dtype=torch.int32, device=self.device)
+        self._exchange_known(targets, wanted, ids, rows, 0)
+        for chunk in rows.split(max(1, CHUNK_BYTES // self.layout.row_bytes)):
+            records = torch.empty(chunk.numel(), self.layout.width, dtype=self.layout.dtype)
+            self.store.read(chunk, records, torch.arange(chunk.numel()))
+            self.records[chunk[0] : chunk[-1] + 1] = records.to(self.device)
+        self.slots.num_used = wanted
+        self.moves += 1
+
+    def read_ids(self, start: int, stop: int) -> torch.Tensor:
+        self._finish()
+        rows, places = self._rows_of_range(start, stop), torch.arange(stop - start)
+        records = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
+        self.store.read(rows, records, places)
+        resident, slots = self._resident(start, stop)
+        records[resident] = self.records[slots].cpu()
+        return records
+
+    def write_ids(self, start: int, records: torch.Tensor) -> None:
+        self._finish()
+        stop = start + records.shape[0]
+        self.store.write(self._rows_of_range(start, stop), records, torch.arange(stop - start))
+        resident, slots = self._resident(start, stop)
+        self.records[slots] = records[resident].to(self.device)
+
+    def _rows_of_range(self, start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.order.rows(np.arange(start, stop, dtype=np.int64))))
+
+    def _resident(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of ids start..stop-1: (which are resident, on the host; their slots), int64 both."""
+        if not self.slots.num_used:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64, device=self.device)
+        slots = self.kernels.find(torch.arange(start, stop, device=self.device), self.slots)
+        resident = (slots >= 0).nonzero()[:, 0]
+        return resident.cpu(), slots[resident].long()
+
+    def _replace_block(self, layout: RowLayout) -> None:
+        block = torch.zeros(self.ceiling, layout.width, dtype=layout.dtype, device=self.device)
+        for chunk in torch.arange(self.slots.num_used).split(max(1, CHUNK_BYTES // layout.row_bytes)):
+            places = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            block[places] = converted(self.records[places], layout)
+        self.records = block
+        self._pin()  # the store is another one, too
+
+    def grow(self, num_slots: int) -> None:
+        raise AssertionError("a cache on a device does not grow")
+
+    def _reset_for_clone(self) -> None:
+        self._held, self._slots_of_use, self._unique_before, self._uncounted = {}, {}, {}, []
+        self._num_unique = self._last_use = self.num_syncs = 0
+        self._prefetched = self._pages = None
+
+    # ---- accounts -----------------------------------------------------------------------------------------------
+
+    def num_bytes(self) -> dict[str, int]:
+        """As RowCache.num_bytes. index: all maps and the counters of tables. On the device nothing grows with the rows.
+
+        workspace: the ids of batches admitted ahead; what a batch takes while it is looked up and trained comes from
+        torch's allocator, and goes back to it.
+        """
+        tables = (self._device_counts, self._device_written, self._device_rows, self._device_starts)
+        return {
+            "cache": self.num_slots * self.layout.row_bytes,
+            "reserved": 0,
+            "index": self.slots.num_bytes() + sum(tensor.nbytes for tensor in tables),
+            "workspace": self.ahead.num_bytes(),
+            "host_store": self.store.num_bytes(),
+            "host_row_order": self.order.num_bytes(),
+        }
+
+    def check(self) -> None:
+        self._finish()
+        self.slots.check(self._row_of_id, self.kernels.has_entries)
+        assert self.slots.id_of_slot.max() < self.num_rows
+        assert all(count > 0 for count in self._held.values())
+        clean = (self.slots.dirty[: self.slots.num_used] == 0).nonzero()[:, 0]
+        stored = torch.empty(clean.numel(), self.layout.width, dtype=self.layout.dtype)
+        self.store.read(self.slots.row_of_slot[clean].cpu().long(), stored, torch.arange(clean.numel()))
+        assert torch.equal(stored, self.records[clean].cpu()), "I3: a clean slot differs from the store"
