@@ -32,6 +32,7 @@ class _Coming:
         self.planned: Any = None  # looked up, and held; None also once it is admitted
         self.lookup: Any = None  # admitted, and held
         self.ready: torch.cuda.Event | None = None  # behind its fetch
+        self.is_counted = False  # its hits and misses are in the counters
 
 
 class DeviceAhead:
@@ -97,9 +98,10 @@ class DeviceAhead:
         cache.wait_for_counts(planned)
         batch.planned = None
         try:
-            batch.lookup = cache.admit(planned)
+            batch.lookup = cache.admit(planned, counted=not batch.is_counted)
         except ValueError:
             return False
+        batch.is_counted = True
         if self._stream is not None:
             batch.ready = self._stream.record_event()
         return True
@@ -128,10 +130,14 @@ class DeviceAhead:
         if batch.ready is not None:
             stream = torch.cuda.current_stream(self._cache.device)
             stream.wait_event(batch.ready)
-            for tensor in (*lookup.plan, lookup.slot_of_unique):
+            for tensor in lookup.plan.tensors():
                 tensor.record_stream(stream)
         hold = self._cache.hold(lookup.hold.use, lookup.slot_of_unique)
         return type(lookup)(lookup.plan, hold, lookup.offsets, lookup.num_tables)
+
+    def has_counted(self, values: torch.Tensor) -> bool:
+        """Whether the current batch is the one with these `values`, and its hits and misses were counted."""
+        return self._current is not None and self._current.values is values and self._current.is_counted
 
     def find(self, source: tuple | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(values, offsets) on the device of the current batch, if they were made from `source`."""

@@ -31,7 +31,6 @@ __all__ = ["BadOffsetsError", "DeviceCache", "DeviceLookup", "Hold"]
 CHOICES = 8
 
 
-
 class BadOffsetsError(ValueError):
     """Offsets that are no bounds of bags; nothing was modified."""
 
@@ -64,6 +63,19 @@ class DeviceLookup:
         self.num_unique = hold.slots.numel()
 
 
+class Mailbox:
+    """Pinned host memory for a batch's four counts, and an event behind their copy; used again and again."""
+
+    def __init__(self) -> None:
+        self.counts = torch.empty(4, dtype=torch.int64, pin_memory=True)
+        self.event = torch.cuda.Event()
+
+    def send(self, found: torch.Tensor) -> None:
+        """Sets `found` (int64[4], on the device) out for the host."""
+        self.counts.copy_(found, non_blocking=True)
+        self.event.record()
+
+
 class Planned:
     """A batch that was looked up on the device, and whose counts are on their way to the host."""
 
@@ -72,26 +84,31 @@ class Planned:
         self.use = cache.next_use()
         self.version = cache.slots.version
         self.plan = cache.kernels.plan(values, offsets, tables, cache.slots, self.use)
-        self._counts, self._event = self.plan.found, None
+        self._counts: list[int] | None = None
+        self._mailbox = None
         if self.plan.found.is_cuda:
-            self._counts = torch.empty(4, dtype=torch.int64, pin_memory=True)
-            self._counts.copy_(self.plan.found, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._mailboxes = cache.mailboxes
+            self._mailbox = self._mailboxes.pop() if self._mailboxes else Mailbox()
+            self._mailbox.send(self.plan.found)
 
     @property
     def is_known(self) -> bool:
         """Whether the counts are on the host."""
-        return self._event is None or self._event.query()
+        return self._mailbox is None or self._mailbox.event.query()
 
     def wait(self) -> None:
         """Returns when they are."""
-        if self._event is not None:
-            self._event.synchronize()
+        if self._mailbox is not None:
+            self._mailbox.event.synchronize()
 
     def counts(self) -> list[int]:
-        """First bad position (N: none), U, M, whether the offsets are bad."""
-        return self._counts.tolist()
+        """N - the first position with a bad id (0: none), U, M, whether the offsets are bad. Once they are known."""
+        if self._counts is None:
+            self._counts = (self.plan.found if self._mailbox is None else self._mailbox.counts).tolist()
+            if self._mailbox is not None:
+                self._mailboxes.append(self._mailbox)
+                self._mailbox = None
+        return self._counts
 
 
 class DeviceCache(RowCache):
@@ -112,6 +129,7 @@ class DeviceCache(RowCache):
     def __init__(self, *arguments: Any, device: torch.device, **options: Any) -> None:
         self.device = device
         self.num_syncs = 0
+        self.mailboxes: list[Mailbox] = []  # that nobody waits for
         self._last_use = 0
         self._held: dict[int, int] = {}  # number of a batch -> how often it is held
         self._slots_of_use: dict[int, torch.Tensor] = {}
@@ -191,7 +209,7 @@ class DeviceCache(RowCache):
         self.ahead.join()
         planned = self.plan(values, offsets, padding_ids)
         self.wait_for_counts(planned)
-        lookup = self.admit(planned, counted)
+        lookup = self.admit(planned, counted and not self.ahead.has_counted(values))
         self.end_prefetch()
         return lookup
 
@@ -247,12 +265,13 @@ class DeviceCache(RowCache):
             self.wait_for_counts(other)
             self._num_unique += other.counts()[1]
         self._uncounted.clear()
-        first_bad, num_unique, num_missing, bad_offsets = planned.counts()
+        bad_from_end, num_unique, num_missing, bad_offsets = planned.counts()
         try:
             if bad_offsets:
                 raise BadOffsetsError("offsets are not the bounds of bags: from 0 to the number of ids, not decreasing")
-            if first_bad < planned.values.numel():
-                raise self._bad_id(planned.values.cpu(), planned.offsets.cpu(), first_bad)
+            if bad_from_end:
+                position = planned.values.numel() - bad_from_end
+                raise self._bad_id(planned.values.cpu(), planned.offsets.cpu(), position)
             slots = plan.slot_of_unique[:num_unique]
             if num_missing:
                 self._fetch(planned, slots, num_missing)
@@ -478,6 +497,7 @@ class DeviceCache(RowCache):
         self._held, self._slots_of_use, self._unique_before, self._uncounted = {}, {}, {}, []
         self._num_unique = self._last_use = self.num_syncs = 0
         self._prefetched = self._pages = None
+        self.mailboxes = []
 
     # ---- accounts -----------------------------------------------------------------------------------------------
 

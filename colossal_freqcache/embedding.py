@@ -47,6 +47,7 @@ class _CachedBags(nn.Module):
 
     _graph_input: torch.Tensor | None = None  # what autograd sees in the Parameter's place: hooks may stand between
     _last_even_offsets: tuple = ((), None)
+    _last_ends: tuple = ((), None)  # which offsets were given last, and their copy on the device
     _looks_ahead: object = None  # the iteration of a Lookahead that says what comes next
 
     def __init__(
@@ -271,20 +272,25 @@ class _CachedBags(nn.Module):
     ) -> _Batch:
         """The batch on the cache's device, where it will be checked; the tensors of a batch that was announced."""
         device, num_offsets = self._cache.device, offsets.numel()
-        source = _source_of(values, offsets, offsets_end)
-        found = self._cache.ahead.find(source)
         if weights is not None:
             weights = weights.to(device)
+        source = _Same(values), _Same(offsets), offsets_end
+        found = self._cache.ahead.find(source)
         if found is not None:
             return _Batch(*found, weights, num_offsets)
-        ends = offsets.detach().to(device, torch.int64)
-        if not offsets_end:
-            ends = torch.cat([ends, ends.new_full((1,), values.numel())])
-        elif ends.data_ptr() == offsets.data_ptr():
-            ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
+        last_offsets, ends = self._last_ends
+        # numpy may have refilled those in host memory, and no version tells.
+        if offsets.device.type == "cpu" or last_offsets != (source[1:], values.numel()):
+            ends = offsets.detach().to(device, torch.int64)
+            if not offsets_end:
+                ends = torch.cat([ends, ends.new_full((1,), values.numel())])
+            elif ends.data_ptr() == offsets.data_ptr():
+                ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
+            ends = ends.contiguous()
+            self._last_ends = (source[1:], values.numel()), ends
         ids = values.detach().to(device, torch.int64).reshape(-1).contiguous()
         ids._freqcache_source = source
-        return _Batch(ids, ends.contiguous(), weights, num_offsets)
+        return _Batch(ids, ends, weights, num_offsets)
 
     def _check_offsets(self, offsets: torch.Tensor, num_values: int, num_given: int) -> None:
         """ValueError for offsets int64[T*B+1] that are no bounds of bags; the caller gave the first `num_given`."""
@@ -510,7 +516,7 @@ class _CachedBags(nn.Module):
                 f"a cached table cannot be moved from {probe.device} to {moved.device}: build it with "
                 f"device={str(moved.device)!r}"
             )
-        if moved.is_shared():
+        if probe.device.type == "cpu" and moved.is_shared():
             raise NotImplementedError("a cached table cannot be moved to shared memory: load its state_dict instead")
         return self
 
@@ -521,7 +527,7 @@ class _CachedBags(nn.Module):
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         nn.Module.__init__(copy)
-        own = ("_cache", "_cached_weight", "_placement", "_parameters", "_looks_ahead", "_ahead_kernels")
+        own = ("_cache", "_cached_weight", "_placement", "_parameters", "_looks_ahead", "_ahead_kernels", "_last_ends")
         copy.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own})
         with plain_mode():
             weight.settle()
@@ -1021,14 +1027,8 @@ def _device_of(device: Any) -> torch.device:
     return device
 
 
-def _source_of(values: torch.Tensor, offsets: torch.Tensor, offsets_end: bool) -> tuple:
-    """By what a batch is known again: its tensors' memory and version. Holds them, so that nothing else gets their
-    memory."""
-    return tuple((_Same(tensor)) for tensor in (values, offsets)) + (offsets_end,)
-
-
 class _Same:
-    """A tensor, equal to one with the same memory, shape and version."""
+    """A tensor, equal to one with the same memory, shape and version. Holds it, so that none else gets its memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor

@@ -11,6 +11,7 @@ import warnings
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.cuda import get_device_capability
 
 __all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "WantedIds", "make_device_kernels", "make_kernels"]
 
@@ -153,5 +154,6 @@ def _problem_with_triton(device: torch.device) -> str | None:
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU it needs Triton's interpreter"
     if device.type != "cuda":
         return f"Triton kernels do not run on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
+    # (`torch` is this package's own module by the time this runs.)
+    capability = get_device_capability(device)
     return None if capability >= (7, 0) else f"the GPU's compute capability is {capability}, and Triton needs (7, 0)"

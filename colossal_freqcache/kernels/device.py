@@ -24,26 +24,65 @@ class Tables(NamedTuple):
     padding: torch.Tensor
 
 
-class DevicePlan(NamedTuple):
+class DevicePlan:
     """What a batch needs, before any map has changed. All tensors on the device; U and M are known there first.
 
     order: int64[N], positions by id, stable; padding last. starts: int32[N+1], of which U+1 count: where in `order`
     each unique row's positions start. unique_of_position: int32[N], -1 for padding. bag_of_position: int32[N].
-    id_of_unique, slot_of_unique, is_missing, missing_up_to: (N,), of which U count; slot -1 where missing.
-    found: int64[4]: first position with a bad id (N: none), U, M, whether the offsets are no bounds of bags.
+    id_of_unique, slot_of_unique: (N,), of which U count; slot -1 where missing.
+    found: int64[4]: N - the first position with a bad id (0: none), U, M, whether the offsets are no bounds of bags.
     counts: int64[T, 4]: looked-up positions, missed positions, missing rows, 0.
+    zeros: int32, all 0, for the first adjoint of the batch; None where there is none.
     """
 
-    order: torch.Tensor
-    starts: torch.Tensor
-    unique_of_position: torch.Tensor
-    bag_of_position: torch.Tensor
-    id_of_unique: torch.Tensor
-    slot_of_unique: torch.Tensor
-    is_missing: torch.Tensor
-    missing_up_to: torch.Tensor
-    found: torch.Tensor
-    counts: torch.Tensor
+    __slots__ = (
+        "__weakref__",
+        "bag_of_position",
+        "counts",
+        "found",
+        "id_of_unique",
+        "order",
+        "slot_of_unique",
+        "starts",
+        "unique_of_position",
+        "zeros",
+    )
+
+    def __init__(
+        self,
+        order: torch.Tensor,
+        starts: torch.Tensor,
+        unique_of_position: torch.Tensor,
+        bag_of_position: torch.Tensor,
+        id_of_unique: torch.Tensor,
+        slot_of_unique: torch.Tensor,
+        found: torch.Tensor,
+        counts: torch.Tensor,
+        zeros: torch.Tensor | None = None,
+    ) -> None:
+        self.order, self.starts = order, starts
+        self.unique_of_position, self.bag_of_position = unique_of_position, bag_of_position
+        self.id_of_unique, self.slot_of_unique = id_of_unique, slot_of_unique
+        self.found, self.counts, self.zeros = found, counts, zeros
+
+    def again(self) -> "DevicePlan":
+        """Another object over the same tensors, which have new values."""
+        return DevicePlan(
+            self.order,
+            self.starts,
+            self.unique_of_position,
+            self.bag_of_position,
+            self.id_of_unique,
+            self.slot_of_unique,
+            self.found,
+            self.counts,
+            self.zeros,
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        names = (name for name in self.__slots__ if name != "__weakref__")
+        return [tensor for tensor in map(self.__getattribute__, names) if tensor is not None]
 
 
 class DeviceTorchKernels(TorchKernels):
@@ -82,7 +121,7 @@ class DeviceTorchKernels(TorchKernels):
         counts[:, 1].index_add_(0, table_of_unique[missing], sizes[missing])
         counts[:, 2] = torch.bincount(table_of_unique[missing], minlength=num_tables)
         first_bad = bad.nonzero()[0, 0].item() if bad.any() else size
-        found = [first_bad, ids.numel(), int(missing.sum()), int(bad_offsets)]
+        found = [size - first_bad, ids.numel(), int(missing.sum()), int(bad_offsets)]
         return DevicePlan(
             order,
             starts,
@@ -90,8 +129,6 @@ class DeviceTorchKernels(TorchKernels):
             bag.int(),
             ids,
             slot_of_unique,
-            missing.int(),
-            missing.cumsum(0).int(),
             torch.tensor(found, device=values.device),
             counts,
         )
@@ -106,7 +143,7 @@ class DeviceTorchKernels(TorchKernels):
 
     def missing(self, plan: DevicePlan, num_unique: int, num_missing: int) -> torch.Tensor:
         """int64[M]: which unique rows are missing."""
-        return plan.is_missing[:num_unique].nonzero()[:, 0]
+        return (plan.slot_of_unique[:num_unique] < 0).nonzero()[:, 0]
 
     def choose_victims(
         self, slots: DeviceSlots, key: str, count: int, hand: int, window: int, protected_from: int, limit: int
@@ -179,7 +216,20 @@ class DeviceTorchKernels(TorchKernels):
         return self.pool_backward(*arguments, weights, mode == "mean", by_frequency, *places)
 
     def train_rows(
-        self, grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, num_unique, records, dirty, dim, rule
+        self,
+        grad,
+        plan,
+        offsets,
+        kept,
+        weights,
+        mode,
+        by_frequency,
+        slot_of_unique,
+        num_unique,
+        records,
+        dirty,
+        dim,
+        rule,
     ) -> bool:
         """Trains the batch's rows straight from `grad` by `rule` (name, hyper-parameters), or does nothing: False."""
         return False

@@ -6,6 +6,7 @@ since Triton passes scalars as float32.
 Shapes as in `kernels.device`.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ import triton
 from ...device_slots import DeviceSlots
 from ..device import KEYS, DevicePlan, DeviceTorchKernels, Tables
 from . import index, rows
+from .graphs import GraphedPlans
+from .launch import IS_INTERPRETED, launch
 
 __all__ = ["CudaKernels"]
-
-IS_INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else triton.runtime.jit.JITFunction is None
 
 BLOCK = 128  # integers of a program: one for each thread of four warps
 WINDOW_BLOCK = 512
 TILE_ELEMENTS = 1024  # of a tile of rows
+LEAST_KEY = -(2**62)
+NO_NUMBERS = (0.0,) * 4
 RULE_NUMBERS = {
     "sgd": rows.SGD,
     "adagrad": rows.ADAGRAD,
@@ -32,8 +35,8 @@ RULE_NUMBERS = {
 AS_WRITTEN = {} if IS_INTERPRETED else {"enable_fp_fusion": False}
 
 
-def _programs(count: int, block: int) -> tuple[int]:
-    return (-(-count // block),)
+def _programs(count: int, block: int) -> int:
+    return -(-count // block)
 
 
 def _steps(count: int) -> int:
@@ -41,6 +44,7 @@ def _steps(count: int) -> int:
     return max(count - 1, 1).bit_length()
 
 
+@functools.cache
 def _tile(width: int) -> dict[str, int]:
     """Rows and padded width of a tile."""
     block = triton.next_power_of_2(width)
@@ -56,107 +60,87 @@ class CudaKernels(DeviceTorchKernels):
 
     # ---- maps ---------------------------------------------------------------------------------------------------
 
+    def __init__(self) -> None:
+        self._graphs = GraphedPlans(self._plan)
+
     def plan(self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: int):
         """As the twin's; without waiting for the device."""
+        plan = self._graphs.plan(values, offsets, tables, slots, use)
+        if plan is None:
+            number = torch.full((1,), use, dtype=torch.int32, device=values.device)
+            plan = self._plan(values, offsets, tables, slots, number)
+        return plan
+
+    def _plan(
+        self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: torch.Tensor
+    ) -> DevicePlan:
+        """`use`: int32[1], on the device."""
         device, size, num_bags = values.device, values.numel(), offsets.numel() - 1
-        num_tables = tables.rows.numel()
-        absent = slots.num_rows
-        counts = torch.zeros(num_tables, 4, dtype=torch.int64, device=device)
-        found = torch.zeros(4, dtype=torch.int64, device=device)
-        found[0].fill_(size)
-
-        def integers(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.empty(count, dtype=dtype, device=device)
-
-        keys, bag_of_position = integers(size, slots.number), integers(size)
-        index.number_ids[_programs(max(size, num_bags, 1), BLOCK)](
-            values,
-            offsets,
-            tables.rows,
-            tables.starts,
-            tables.padding,
-            keys,
-            bag_of_position,
-            found,
-            counts,
-            size,
-            num_bags,
-            max(num_bags // num_tables, 1),
-            absent,
-            STEPS=_steps(num_bags) + 1,
-            BLOCK=BLOCK,
+        num_tables, absent = tables.rows.numel(), slots.num_rows
+        counters = torch.zeros(4 + 4 * num_tables, dtype=torch.int64, device=device)
+        found, counts = counters[:4], counters[4:].view(num_tables, 4)
+        keys = torch.empty(size, dtype=slots.number, device=device)
+        padded = -(-size // 4) * 4  # every array starts at a multiple of 16 bytes
+        numbers = torch.empty(5 * padded + 1, dtype=torch.int32, device=device)
+        starts = numbers[4 * padded :]
+        arrays = numbers[: 4 * padded].view(4, padded)[:, :size]
+        bag_of_position, is_head, unique_of_position, slot_of_unique = arrays.unbind()
+        bags_per_table = max(num_bags // num_tables, 1)
+        launch(
+            index.number_ids,
+            _programs(max(size, num_bags, 1), BLOCK),
+            (values, offsets, tables.rows, tables.starts, tables.padding, keys, bag_of_position, found, counts)
+            + (size, num_bags, bags_per_table, absent),
+            {"STEPS": _steps(num_bags) + 1, "BLOCK": BLOCK},
         )
-        starts = integers(size + 1)
         if not size:
-            empty = integers(0)
-            return DevicePlan(
-                integers(0, torch.int64), starts.zero_(), empty, empty, keys, empty, empty, empty, found, counts
-            )
+            order = torch.empty(0, dtype=torch.int64, device=device)
+            starts.zero_()
+            return DevicePlan(order, starts, unique_of_position, bag_of_position, keys, slot_of_unique, found, counts)
         keys, order = torch.sort(keys, stable=True)
-        is_head = integers(size)
-        index.mark_heads[_programs(size, BLOCK)](keys, is_head, size, absent, BLOCK=BLOCK)
+        grid = _programs(size, BLOCK)
+        launch(index.mark_heads, grid, (keys, is_head, size, absent), {"BLOCK": BLOCK})
         heads_up_to = torch.cumsum(is_head, 0, dtype=torch.int32)
-        unique_of_position, id_of_unique = integers(size), integers(size, slots.number)
-        index.number_uniques[_programs(size, BLOCK)](
-            keys, order, heads_up_to, unique_of_position, id_of_unique, starts, size, absent, BLOCK=BLOCK
+        id_of_unique = torch.empty(size, dtype=slots.number, device=device)
+        launch(
+            index.number_uniques,
+            grid,
+            (keys, order, heads_up_to, unique_of_position, id_of_unique, starts, size, absent),
+            {"BLOCK": BLOCK},
         )
-        slot_of_unique, is_missing = integers(size), is_head
-        index.probe_uniques[_programs(size, BLOCK)](
-            slots.entries,
-            slots.id_of_slot,
-            slots.last_use,
-            slots.uses,
-            id_of_unique,
-            starts,
-            heads_up_to,
-            tables.starts,
-            slot_of_unique,
-            is_missing,
-            found,
-            counts,
-            use,
-            size,
-            num_tables,
-            slots.num_buckets,
-            slots.slot_bits,
-            COUNT_USES=slots.counts_uses,
-            STEPS=_steps(num_tables) + 1,
-            BLOCK=BLOCK,
+        launch(
+            index.probe_uniques,
+            grid,
+            (slots.entries, slots.id_of_slot, slots.last_use, slots.uses, id_of_unique, starts, heads_up_to)
+            + (tables.starts, slot_of_unique, found, counts, use)
+            + (size, num_tables, slots.num_buckets, slots.slot_bits),
+            {"COUNT_USES": slots.counts_uses, "STEPS": _steps(num_tables) + 1, "BLOCK": BLOCK},
         )
-        missing_up_to = torch.cumsum(is_missing, 0, dtype=torch.int32)
-        found[2:3] = missing_up_to[-1:]
+        zeros = torch.zeros(_work_size(size), dtype=torch.int32, device=device)
         return DevicePlan(
-            order,
-            starts,
-            unique_of_position,
-            bag_of_position,
-            id_of_unique,
-            slot_of_unique,
-            is_missing,
-            missing_up_to,
-            found,
-            counts,
+            order, starts, unique_of_position, bag_of_position, id_of_unique, slot_of_unique, found, counts, zeros
         )
 
     def find(self, ids: torch.Tensor, slots: DeviceSlots) -> torch.Tensor:
         found = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
         if ids.numel():
-            index.find_slots[_programs(ids.numel(), BLOCK)](
-                slots.entries,
-                slots.id_of_slot,
-                ids,
-                found,
-                ids.numel(),
-                slots.num_buckets,
-                slots.slot_bits,
-                BLOCK=BLOCK,
+            launch(
+                index.find_slots,
+                _programs(ids.numel(), BLOCK),
+                (slots.entries, slots.id_of_slot, ids, found, ids.numel(), slots.num_buckets, slots.slot_bits),
+                {"BLOCK": BLOCK},
             )
         return found
 
     def missing(self, plan: DevicePlan, num_unique: int, num_missing: int) -> torch.Tensor:
-        missing = torch.empty(num_missing, dtype=torch.int64, device=plan.is_missing.device)
-        index.list_missing[_programs(num_unique, BLOCK)](
-            plan.is_missing, plan.missing_up_to, missing, num_unique, BLOCK=BLOCK
+        slots = plan.slot_of_unique[:num_unique]
+        missing = torch.empty(num_missing, dtype=torch.int64, device=slots.device)
+        missing_up_to = torch.cumsum(slots < 0, 0, dtype=torch.int32)
+        launch(
+            index.list_missing,
+            _programs(num_unique, BLOCK),
+            (slots, missing_up_to, missing, num_unique),
+            {"BLOCK": BLOCK},
         )
         return missing
 
@@ -164,54 +148,42 @@ class CudaKernels(DeviceTorchKernels):
         self, slots: DeviceSlots, key: str, count: int, hand: int, window: int, protected_from: int, limit: int
     ) -> torch.Tensor:
         grid = _programs(window, WINDOW_BLOCK)
-        counts = torch.empty(grid[0], dtype=torch.int32, device=slots.device)
+        counts = torch.empty(grid, dtype=torch.int32, device=slots.device)
         arguments = (hand, window, slots.num_used, protected_from)
-        index.count_candidates[grid](slots.last_use, counts, *arguments, BLOCK=WINDOW_BLOCK)
-        candidates = torch.full((limit,), -1, dtype=torch.int32, device=slots.device)
-        keys = torch.full((limit,), -(2**62), dtype=torch.int64, device=slots.device)
-        index.take_candidates[grid](
-            slots.last_use,
-            slots.uses,
-            slots.row_of_slot,
-            torch.cumsum(counts, 0, dtype=torch.int32),
-            candidates,
-            keys,
-            *arguments,
-            limit,
-            KEY=KEYS.index(key),
-            BLOCK=WINDOW_BLOCK,
+        launch(index.count_candidates, grid, (slots.last_use, counts, *arguments), {"BLOCK": WINDOW_BLOCK})
+        candidates = torch.empty(limit, dtype=torch.int32, device=slots.device)
+        keys = torch.full((limit,), LEAST_KEY, dtype=torch.int64, device=slots.device)
+        launch(
+            index.take_candidates,
+            grid,
+            (slots.last_use, slots.uses, slots.row_of_slot, torch.cumsum(counts, 0, dtype=torch.int32))
+            + (candidates, keys, *arguments, limit),
+            {"KEY": KEYS.index(key), "BLOCK": WINDOW_BLOCK},
         )
         return candidates[torch.sort(keys, descending=True, stable=True).indices[:count]]
 
     def exchange(self, slots: DeviceSlots, targets, num_fresh, new_ids, rows_of, by_id, use, written):
         count = targets.numel()
-        old_rows, new_rows = (torch.empty(count, dtype=torch.int64, device=slots.device) for _ in range(2))
+        old_rows, new_rows = torch.empty(2, count, dtype=torch.int64, device=slots.device)
         if count:
-            index.exchange_slots[_programs(count, BLOCK)](
-                slots.entries,
-                slots.id_of_slot,
-                slots.row_of_slot,
-                slots.last_use,
-                slots.uses,
-                slots.dirty,
-                slots.id_of_slot if rows_of is None else rows_of,
-                targets,
-                new_ids,
-                old_rows,
-                new_rows,
-                written,
-                use,
-                count,
-                num_fresh,
-                slots.num_buckets,
-                slots.slot_bits,
-                ORDERED=rows_of is not None,
-                BY_ID=by_id,
-                COUNT_USES=slots.counts_uses,
-                BLOCK=BLOCK,
+            launch(
+                index.exchange_slots,
+                _programs(count, BLOCK),
+                (slots.entries, slots.id_of_slot, slots.row_of_slot, slots.last_use, slots.uses, slots.dirty)
+                + (slots.id_of_slot if rows_of is None else rows_of, targets, new_ids, old_rows, new_rows, written)
+                + (use, count, num_fresh, slots.num_buckets, slots.slot_bits),
+                {
+                    "ORDERED": rows_of is not None,
+                    "BY_ID": by_id,
+                    "COUNT_USES": slots.counts_uses,
+                    "BLOCK": BLOCK,
+                },
             )
-            index.insert_entries[_programs(count, BLOCK)](
-                slots.entries, new_ids, targets, count, slots.num_buckets, slots.slot_bits, BLOCK=BLOCK
+            launch(
+                index.insert_entries,
+                _programs(count, BLOCK),
+                (slots.entries, new_ids, targets, count, slots.num_buckets, slots.slot_bits),
+                {"BLOCK": BLOCK},
             )
         slots.version += 1
         return old_rows, new_rows
@@ -222,38 +194,45 @@ class CudaKernels(DeviceTorchKernels):
         count, width = targets.numel(), records.shape[1]
         if count:
             tile = _tile(width)
-            rows.swap_rows[_programs(count, tile["ROWS"])](
-                store, store.stride(0), old_rows, new_rows, records, records.stride(0), targets, count, width, **tile
+            launch(
+                rows.swap_rows,
+                _programs(count, tile["ROWS"]),
+                (store, old_rows, new_rows, records, targets, count),
+                {"store_stride": store.stride(0), "stride": records.stride(0), "width": width, **tile},
             )
 
     def copy_rows(self, source, source_rows, target, target_rows):
         count, width = source_rows.numel(), source.shape[1]
         if count:
             tile = _tile(width)
-            rows.copy_rows[_programs(count, tile["ROWS"])](
-                source, source.stride(0), source_rows, target, target.stride(0), target_rows, count, width, **tile
+            launch(
+                rows.copy_rows,
+                _programs(count, tile["ROWS"]),
+                (source, source_rows, target, target_rows, count),
+                {"source_stride": source.stride(0), "target_stride": target.stride(0), "width": width, **tile},
             )
 
     def bags(self, records, dim, slot_of_unique, plan, offsets, weights, mode, num_tables):
         num_bags = offsets.numel() - 1
-        bags_per_table = num_bags // num_tables
-        out = records.new_empty(bags_per_table, num_tables, dim)
-        tile = _tile(dim)
-        grid = _programs(num_bags, tile["ROWS"])
-        sizes = (num_bags, max(bags_per_table, 1), num_tables, dim)
-        if mode == "max":
-            kept = torch.empty(num_bags, dim, dtype=torch.int64, device=records.device)
-        else:
-            kept = torch.empty(num_bags if mode == "mean" else 0, dtype=torch.int32, device=records.device)
+        out = records.new_empty(num_bags // num_tables, num_tables, dim)
+        kept = None
+        if mode != "sum":
+            shape, dtype = ((num_bags, dim), torch.int64) if mode == "max" else (num_bags, torch.int32)
+            kept = torch.empty(shape, dtype=dtype, device=records.device)
         if not num_bags:
             return out, kept
-        common = (records, records.stride(0), slot_of_unique, plan.unique_of_position, offsets)
+        tile = _tile(dim)
+        grid = _programs(num_bags, tile["ROWS"])
+        sizes = (num_bags, num_bags // num_tables, num_tables)
+        common = (records, slot_of_unique, plan.unique_of_position, offsets)
+        shape = {"stride": records.stride(0), "dim": dim}
         if mode == "max":
-            rows.pool_max[grid](*common, out, kept, *sizes, **tile)
-        else:
-            flags = {"HAS_WEIGHTS": weights is not None, "MEAN": mode == "mean"}
-            weights = records if weights is None else weights.detach()
-            rows.pool[grid](*common, weights, out, kept, *sizes, **flags, **tile, **AS_WRITTEN)
+            launch(rows.pool_max, grid, (*common, out, kept, *sizes), {**shape, **tile})
+            return out, kept
+        flags = {"HAS_WEIGHTS": weights is not None, "MEAN": mode == "mean"}
+        weights = records if weights is None else weights.detach()
+        unused = plan.starts if kept is None else kept
+        launch(rows.pool, grid, (*common, weights, out, unused, *sizes), {**shape, **flags, **tile}, **AS_WRITTEN)
         return out, kept
 
     def row_gradients(
@@ -261,98 +240,90 @@ class CudaKernels(DeviceTorchKernels):
     ):
         values = grad.new_empty(num_unique, grad.shape[2])
         self._sum_rows(
-            grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, place_of_unique, num_unique,
-            values, values, plan.starts, rows.KEEP, (0.0,) * 4,
-        )  # fmt: skip
+            (grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, place_of_unique, num_unique),
+            (values, values, plan.starts),
+            rows.KEEP,
+            NO_NUMBERS,
+        )
         return values
 
     def train_rows(
-        self, grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, num_unique, records, dirty, dim, rule
+        self,
+        grad,
+        plan,
+        offsets,
+        kept,
+        weights,
+        mode,
+        by_frequency,
+        slot_of_unique,
+        num_unique,
+        records,
+        dirty,
+        dim,
+        rule,
     ) -> bool:
         if records.dtype != torch.float32:
             return False
-        name, hyper = rule
+        name, numbers = rule
         self._sum_rows(
-            grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, slot_of_unique, num_unique,
-            records, grad, dirty, RULE_NUMBERS[name], _four(name, hyper),
-        )  # fmt: skip
+            (grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, slot_of_unique, num_unique),
+            (records, grad, dirty),
+            RULE_NUMBERS[name],
+            _four(name, numbers),
+        )
         return True
 
-    def _sum_rows(
-        self, grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, place_of_unique, num_unique,
-        records, values, dirty, rule, hyper,
-    ) -> None:  # fmt: skip
+    def _sum_rows(self, batch: tuple, targets: tuple, rule: int, numbers: tuple[float, ...]) -> None:
         """Short rows in one pass; long ones in chunks, so that no program has much more to do than the others."""
+        grad, plan, offsets, kept, weights, mode, by_frequency, slot_of_unique, place_of_unique, num_unique = batch
         if not num_unique:
             return
         grad = grad.contiguous()
-        dim, size, device = grad.shape[2], plan.order.numel(), grad.device
-        num_tables = grad.shape[1]
+        _, num_tables, dim = grad.shape
+        size = plan.order.numel()
+        most_rows, most_chunks = _most_long(size)
+        work, plan.zeros = plan.zeros, None
+        if work is None:
+            work = torch.zeros(_work_size(size), dtype=torch.int32, device=grad.device)
+        kept = plan.starts if kept is None else kept
         flags = {"HAS_WEIGHTS": weights is not None, "MEAN": mode == "mean", "MAX": mode == "max"}
         weights = grad if weights is None else weights.detach()
-        kept = plan.starts if kept is None else kept
-        common = (grad, plan.order, plan.starts, plan.bag_of_position, kept, weights, kept)
-        shape = ((offsets.numel() - 1) // num_tables, num_tables, dim)
+        common = (grad, plan.order, plan.starts, plan.bag_of_position, kept, weights, kept, work)
+        shape = ((offsets.numel() - 1) // num_tables, num_tables)
+        row = {"stride": targets[0].stride(0), "dim": dim}
         tile = _tile(dim)
-        rows.sum_rows[_programs(num_unique, tile["ROWS"])](
-            *common,
-            slot_of_unique,
-            place_of_unique,
-            records,
-            records.stride(0),
-            values,
-            dirty,
-            num_unique,
-            *shape,
-            *hyper,
-            **flags,
-            RULE=rule,
-            BY_FREQUENCY=by_frequency,
-            SHORT=rows.SHORT,
-            **tile,
+        launch(
+            rows.sum_rows,
+            _programs(num_unique, tile["ROWS"]),
+            (*common, slot_of_unique, place_of_unique, *targets, num_unique, most_rows, most_chunks, *shape, *numbers),
+            {
+                **row,
+                **flags,
+                "RULE": rule,
+                "BY_FREQUENCY": by_frequency,
+                "SHORT": rows.SHORT,
+                "CHUNK": rows.CHUNK,
+                **tile,
+            },
             **AS_WRITTEN,
         )
-        most_rows = size // (rows.SHORT + 1)
         if not most_rows:
             return
-        most_chunks = most_rows + size // rows.CHUNK
-        long_rows, first_chunks = torch.empty(2, most_rows, dtype=torch.int32, device=device)
-        chunk_rows, chunk_numbers = torch.empty(2, most_chunks, dtype=torch.int32, device=device)
-        num_long = torch.zeros(2, dtype=torch.int32, device=device)
         sums = grad.new_empty(most_chunks, dim)
-        rows.list_long_rows[_programs(num_unique, WINDOW_BLOCK)](
-            plan.starts,
-            long_rows,
-            first_chunks,
-            chunk_rows,
-            chunk_numbers,
-            num_long,
-            num_unique,
-            SHORT=rows.SHORT,
-            CHUNK=rows.CHUNK,
-            BLOCK=WINDOW_BLOCK,
-        )
         across = {"CHUNK": rows.CHUNK, "TILE": rows.TILE, "BLOCK": tile["BLOCK"]}
-        rows.sum_chunks[(most_chunks,)](
-            *common, chunk_rows, chunk_numbers, num_long, sums, *shape, **flags, **across, **AS_WRITTEN
+        launch(
+            rows.sum_chunks,
+            most_chunks,
+            (*common, sums, most_rows, most_chunks, *shape),
+            {"dim": dim, **flags, **across},
+            **AS_WRITTEN,
         )
-        rows.sum_long_rows[(most_rows,)](
-            sums,
-            plan.starts,
-            long_rows,
-            first_chunks,
-            num_long,
-            slot_of_unique,
-            place_of_unique,
-            records,
-            records.stride(0),
-            values,
-            dirty,
-            dim,
-            *hyper,
-            RULE=rule,
-            BY_FREQUENCY=by_frequency,
-            **across,
+        launch(
+            rows.sum_long_rows,
+            most_rows,
+            (sums, plan.starts, work, slot_of_unique, place_of_unique, *targets, most_rows, *numbers),
+            {**row, "RULE": rule, "BY_FREQUENCY": by_frequency, **across},
             **AS_WRITTEN,
         )
 
@@ -361,40 +332,25 @@ class CudaKernels(DeviceTorchKernels):
         out = grad.new_empty(size)
         if size:
             tile = _tile(dim)
-            rows.weight_gradient[_programs(size, tile["ROWS"])](
-                grad.contiguous(),
-                records,
-                records.stride(0),
-                slot_of_unique,
-                plan.unique_of_position,
-                plan.bag_of_position,
-                out,
-                size,
-                (offsets.numel() - 1) // num_tables,
-                num_tables,
-                dim,
-                **tile,
+            launch(
+                rows.weight_gradient,
+                _programs(size, tile["ROWS"]),
+                (grad.contiguous(), records, slot_of_unique, plan.unique_of_position, plan.bag_of_position, out)
+                + (size, (offsets.numel() - 1) // num_tables, num_tables),
+                {"stride": records.stride(0), "dim": dim, **tile},
             )
         return out
 
     # ---- row rules ----------------------------------------------------------------------------------------------
 
-    def _update(self, name: str, records: torch.Tensor, dim: int, slots, grads, *hyper: float) -> None:
+    def _update(self, name: str, records: torch.Tensor, dim: int, slots, grads, *numbers: float) -> None:
         if slots.numel():
             tile = _tile(dim)
-            dirty = torch.empty(0, dtype=torch.uint8, device=records.device)
-            rows.update_rows[_programs(slots.numel(), tile["ROWS"])](
-                grads,
-                slots,
-                records,
-                records.stride(0),
-                dirty,
-                slots.numel(),
-                dim,
-                *_four(name, hyper),
-                RULE=RULE_NUMBERS[name],
-                MARKS=False,
-                **tile,
+            launch(
+                rows.update_rows,
+                _programs(slots.numel(), tile["ROWS"]),
+                (grads, slots, records, slots.numel(), *_four(name, numbers)),
+                {"stride": records.stride(0), "dim": dim, "RULE": RULE_NUMBERS[name], **tile},
                 **AS_WRITTEN,
             )
 
@@ -420,10 +376,21 @@ class CudaKernels(DeviceTorchKernels):
         self._update("adam", records, dim, slots, grads, beta1, beta2, eps, step_size)
 
 
-def _four(name: str, hyper: tuple[Any, ...]) -> tuple[float, ...]:
+def _most_long(size: int) -> tuple[int, int]:
+    """(rows with more than SHORT positions, their chunks) at most, of `size` positions."""
+    most_rows = size // (rows.SHORT + 1)
+    return most_rows, most_rows + size // rows.CHUNK
+
+
+def _work_size(size: int) -> int:
+    """Integers that listing them takes."""
+    return 2 + 2 * sum(_most_long(size))
+
+
+def _four(name: str, numbers: tuple[Any, ...]) -> tuple[float, ...]:
     """A rule's hyper-parameters as the kernels take them."""
-    hyper = tuple(float(number) for number in hyper)
+    numbers = tuple(float(number) for number in numbers)
     if name == "adam":
-        beta1, beta2, eps, step_size = hyper
+        beta1, beta2, eps, step_size = numbers
         return 1 - beta1, 1 - beta2, eps, step_size
-    return hyper + (0.0,) * (4 - len(hyper))
+    return numbers + NO_NUMBERS[len(numbers) :]

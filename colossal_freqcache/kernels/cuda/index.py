@@ -89,7 +89,7 @@ def _add_per_table(counts, column, table, amount, counted):
         tl.atomic_add(counts + table * 4 + column, amount, mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_bags", "bags_per_table", "absent"])
 def number_ids(
     values,
     offsets,
@@ -109,7 +109,7 @@ def number_ids(
 ):
     """keys[p] = id over all tables at position p (`absent` for padding), bag_of_position[p], counts[t, 0] positions.
 
-    found[0] becomes the first position with an id outside its table, found[3] != 0 says that offsets are not bounds.
+    found[0] = N - the first position with an id outside its table, 0 if there is none; found[3] = 1: bad offsets.
     """
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = p < num_positions
@@ -121,9 +121,9 @@ def number_ids(
     key = tl.where(kept, tl.load(table_starts + table, mask=real, other=0) + value, absent)
     tl.store(keys + p, key.to(keys.dtype.element_ty), mask=real)
     tl.store(bag_of_position + p, bag.to(tl.int32), mask=real)
-    first_bad = tl.min(tl.where(bad, p, num_positions), 0)
-    if first_bad < num_positions:
-        tl.atomic_min(found, first_bad)
+    before_end = tl.max(tl.where(bad, num_positions - p, 0), 0)
+    if before_end > 0:
+        tl.atomic_max(found, before_end)
     _add_per_table(counts, 0, table, kept.to(tl.int64), kept)
     # The same lanes look at the offsets.
     inner = p < num_bags
@@ -134,7 +134,7 @@ def number_ids(
         tl.atomic_max(found + 3, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "absent"])
 def mark_heads(keys, is_head, num_positions, absent, BLOCK: tl.constexpr):
     """is_head[i] = 1 where ascending `keys` start a new id, 0 elsewhere and from the first `absent` on."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -144,7 +144,7 @@ def mark_heads(keys, is_head, num_positions, absent, BLOCK: tl.constexpr):
     tl.store(is_head + i, ((key != before) & (key < absent)).to(tl.int32), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "absent"])
 def number_uniques(
     keys,
     order,
@@ -175,7 +175,7 @@ def number_uniques(
     tl.store(starts + unique + 1, (i + 1).to(tl.int32), mask=present & (key != after))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_tables", "num_buckets", "slot_bits"])
 def probe_uniques(
     entries,
     id_of_slot,
@@ -186,10 +186,9 @@ def probe_uniques(
     heads_up_to,
     table_starts,
     slot_of_unique,
-    is_missing,
     found,
     counts,
-    use,
+    use_number,
     num_positions,
     num_tables,
     num_buckets,
@@ -198,9 +197,9 @@ def probe_uniques(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slot_of_unique[u], -1 where missing; last_use[slot] = use of those that are resident; counts of the missing.
+    """slot_of_unique[u], -1 where missing; last_use[slot] = use_number[0] of those that are resident; counts of the missing.
 
-    found[1] = U. counts[t, 1] += missed positions, counts[t, 2] += missing rows.
+    found[1] = U, found[2] += missing rows. counts[t, 1] += missed positions, counts[t, 2] += missing rows.
     """
     u = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     num_unique = tl.load(heads_up_to + num_positions - 1).to(tl.int64)
@@ -212,12 +211,14 @@ def probe_uniques(
     hit = real & (slot >= 0)
     missed = real & (slot < 0)
     tl.store(slot_of_unique + u, slot, mask=u < num_positions)
-    tl.store(is_missing + u, missed.to(tl.int32), mask=u < num_positions)
+    use = tl.load(use_number)
     tl.store(last_use + slot, use + tl.zeros_like(slot), mask=hit)
     if COUNT_USES:
         count = tl.load(uses + slot, mask=hit, other=0)
         tl.store(uses + slot, tl.minimum(count + 1, 1 << 30), mask=hit)
-    if tl.max(missed.to(tl.int32), 0) > 0:
+    num_missed = tl.sum(missed.to(tl.int64), 0)
+    if num_missed > 0:
+        tl.atomic_add(found + 2, num_missed)
         table = _last_not_above(table_starts, num_tables, ids, missed, STEPS)
         first = tl.load(starts + u, mask=missed, other=0)
         last = tl.load(starts + u + 1, mask=missed, other=0)
@@ -225,17 +226,17 @@ def probe_uniques(
         _add_per_table(counts, 2, table, missed.to(tl.int64), missed)
 
 
-@triton.jit
-def list_missing(is_missing, missing_up_to, missing, num_unique, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_unique"])
+def list_missing(slot_of_unique, missing_up_to, missing, num_unique, BLOCK: tl.constexpr):
     """missing[missing_up_to[u] - 1] = u for the rows that are missing."""
     u = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = u < num_unique
-    lacks = tl.load(is_missing + u, mask=real, other=0) > 0
+    lacks = real & (tl.load(slot_of_unique + u, mask=real, other=0) < 0)
     place = tl.load(missing_up_to + u, mask=real, other=1) - 1
     tl.store(missing + place, u, mask=lacks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hand", "window", "num_used", "protected_from"])
 def count_candidates(last_use, counts, hand, window, num_used, protected_from, BLOCK: tl.constexpr):
     """counts[b] = slots of block b of the window (from `hand` on, around) that no batch from `protected_from` on uses."""
     w = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -244,7 +245,7 @@ def count_candidates(last_use, counts, hand, window, num_used, protected_from, B
     tl.store(counts + tl.program_id(0), tl.sum(free.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["hand", "window", "num_used", "protected_from", "limit"])
 def take_candidates(
     last_use,
     uses,
@@ -281,7 +282,7 @@ def take_candidates(
     tl.store(keys + place, key, mask=taken)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["use", "num_missing", "num_fresh", "num_buckets", "slot_bits"])
 def exchange_slots(
     entries,
     id_of_slot,
@@ -347,7 +348,7 @@ def exchange_slots(
         tl.store(uses + slot, tl.full([BLOCK], 1, tl.int32), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_new", "num_buckets", "slot_bits"])
 def insert_entries(entries, ids, slots, num_new, num_buckets, slot_bits, BLOCK: tl.constexpr):
     """Puts ids[i] -> slots[i] into the hash table; the ids are distinct and not in it. `entries` ends in a spare cell."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -374,7 +375,7 @@ def insert_entries(entries, ids, slots, num_new, num_buckets, slot_bits, BLOCK: 
         bucket = tl.where(full, following, bucket)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "num_buckets", "slot_bits"])
 def find_slots(entries, id_of_slot, ids, slots, num_ids, num_buckets, slot_bits, BLOCK: tl.constexpr):
     """slots[i] = slot of int64 ids[i], -1 where it is not resident."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

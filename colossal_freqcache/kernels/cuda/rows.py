@@ -18,7 +18,6 @@ __all__ = [
     "SHORT",
     "TILE",
     "copy_rows",
-    "list_long_rows",
     "pool",
     "pool_max",
     "sum_chunks",
@@ -46,9 +45,10 @@ def _divided(x, y):
         return x / y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def copy_rows(
-    source, source_stride, source_rows, target, target_stride, target_rows, num_rows, width,
+    source, source_rows, target, target_rows, num_rows,
+    source_stride: tl.constexpr, target_stride: tl.constexpr, width: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """target[target_rows[i]] = source[source_rows[i]]; either may be pinned host memory."""
@@ -62,10 +62,10 @@ def copy_rows(
     tl.store(target + to_row[:, None] * target_stride + column[None, :], values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def swap_rows(
-    store, store_stride, old_rows, new_rows, records, stride, slots, num_rows, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    store, old_rows, new_rows, records, slots, num_rows,
+    store_stride: tl.constexpr, stride: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """store[old_rows[i]] = records[slots[i]] where old_rows[i] >= 0, then records[slots[i]] = store[new_rows[i]].
 
@@ -86,11 +86,11 @@ def swap_rows(
     tl.store(place, fetched, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bags", "bags_per_table", "num_tables"])
 def pool(
-    records, stride, slot_of_unique, unique_of_position, offsets, weights, out, kept_of_bag,
-    num_bags, bags_per_table, num_tables, dim,
-    HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    records, slot_of_unique, unique_of_position, offsets, weights, out, kept_of_bag,
+    num_bags, bags_per_table, num_tables,
+    stride: tl.constexpr, dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[b, t] = sum over the bag t*B+b of w_p * row_p, for MEAN divided by kept_of_bag, its positions but padding."""
     bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -120,10 +120,10 @@ def pool(
     tl.store(out + place[:, None] * dim + column[None, :], total, mask=real[:, None] & (column < dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bags", "bags_per_table", "num_tables"])
 def pool_max(
-    records, stride, slot_of_unique, unique_of_position, offsets, out, chosen,
-    num_bags, bags_per_table, num_tables, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    records, slot_of_unique, unique_of_position, offsets, out, chosen, num_bags, bags_per_table, num_tables,
+    stride: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[b, t] = elementwise maximum of the bag t*B+b (0 if empty), chosen[bag] the first position that has it, or -1.
 
@@ -155,8 +155,8 @@ def pool_max(
 
 @triton.jit
 def _position_gradients(
-    grad, bag_of_position, kept_of_bag, weights, chosen, p, kept, column, bags_per_table, num_tables, dim,
-    HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
+    grad, bag_of_position, kept_of_bag, weights, chosen, p, kept, column, bags_per_table, num_tables,
+    dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """(P, BLOCK): what positions p (P,) get of their bags' gradients (B, T, D); 0 where not `kept`."""
     bag = tl.load(bag_of_position + p, mask=kept, other=0).to(tl.int64)
@@ -176,8 +176,8 @@ def _position_gradients(
 
 @triton.jit
 def _use_gradients(
-    g, records, stride, values, dirty, slots, places, real, column, dim, a, b, c, d,
-    RULE: tl.constexpr, MARKS: tl.constexpr,
+    g, records, values, dirty, slots, places, real, column, a, b, c, d,
+    stride: tl.constexpr, dim: tl.constexpr, RULE: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
     """Keeps the gradients g (P, BLOCK) of P rows in values[places], or trains their slots by the rule.
 
@@ -218,45 +218,39 @@ def _use_gradients(
 
 
 @triton.jit
-def list_long_rows(
-    starts, long_rows, first_chunks, chunk_rows, chunk_numbers, num_long, num_unique,
-    SHORT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Lists the rows with more than SHORT positions, and their chunks. num_long (2,) counts both.
+def _list_long_rows(work, unique, count, is_long, most_rows, most_chunks, CHUNK: tl.constexpr):
+    """Lists the rows with more than SHORT positions, and their chunks, in `work`: int32, zeros at first.
 
-    Their places in the lists depend on the order of the programs; the sums do not depend on the places.
+    [rows, chunks listed | each row's number | its first chunk | each chunk's row | its number within the row]
+    Where something stands in the lists depends on the order of the programs; no sum depends on that.
     """
-    u = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = u < num_unique
-    count = tl.load(starts + u + 1, mask=real, other=0) - tl.load(starts + u, mask=real, other=0)
-    is_long = real & (count > SHORT)
     if tl.max(is_long.to(tl.int32), 0) > 0:
         chunks = tl.where(is_long, (count + CHUNK - 1) // CHUNK, 0)
-        num_rows = tl.sum(is_long.to(tl.int32), 0)
-        num_chunks = tl.sum(chunks, 0)
-        place = tl.atomic_add(num_long, num_rows) + tl.cumsum(is_long.to(tl.int32), 0) - 1
-        first = tl.atomic_add(num_long + 1, num_chunks) + tl.cumsum(chunks, 0) - chunks
-        tl.store(long_rows + place, u.to(tl.int32), mask=is_long)
-        tl.store(first_chunks + place, first, mask=is_long)
+        place = tl.atomic_add(work, tl.sum(is_long.to(tl.int32), 0)) + tl.cumsum(is_long.to(tl.int32), 0) - 1
+        first = tl.atomic_add(work + 1, tl.sum(chunks, 0)) + tl.cumsum(chunks, 0) - chunks
+        tl.store(work + 2 + place, unique.to(tl.int32), mask=is_long)
+        tl.store(work + 2 + most_rows + place, first, mask=is_long)
         most = tl.max(chunks, 0)
         for k in range(most):
             here = is_long & (k < chunks)
-            tl.store(chunk_rows + first + k, u.to(tl.int32), mask=here)
-            tl.store(chunk_numbers + first + k, tl.zeros_like(first) + k, mask=here)
+            chunk = work + 2 + 2 * most_rows + first + k
+            tl.store(chunk, unique.to(tl.int32), mask=here)
+            tl.store(chunk + most_chunks, tl.zeros_like(first) + k, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_rows", "most_chunks", "bags_per_table", "num_tables"])
 def sum_chunks(
-    grad, order, starts, bag_of_position, kept_of_bag, weights, chosen, chunk_rows, chunk_numbers, num_long, sums,
-    bags_per_table, num_tables, dim,
-    HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
+    grad, order, starts, bag_of_position, kept_of_bag, weights, chosen, work, sums,
+    most_rows, most_chunks, bags_per_table, num_tables,
+    dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[c] = the gradients of chunk c, TILE positions at a time."""
     chunk = tl.program_id(0).to(tl.int64)
-    if chunk < tl.load(num_long + 1):
-        unique = tl.load(chunk_rows + chunk)
-        first = tl.load(starts + unique) + tl.load(chunk_numbers + chunk) * CHUNK
+    if chunk < tl.load(work + 1):
+        listed = work + 2 + 2 * most_rows + chunk
+        unique = tl.load(listed)
+        first = tl.load(starts + unique) + tl.load(listed + most_chunks) * CHUNK
         last = tl.minimum(tl.load(starts + unique + 1), first + CHUNK)
         column = tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], grad.dtype.element_ty)
@@ -271,25 +265,26 @@ def sum_chunks(
         tl.store(sums + chunk * dim + column, total, mask=column < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_rows"])
 def sum_long_rows(
-    sums, starts, long_rows, first_chunks, num_long, slot_of_unique, place_of_unique, records, stride, values, dirty,
-    dim, a, b, c, d,
-    RULE: tl.constexpr, BY_FREQUENCY: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    sums, starts, work, slot_of_unique, place_of_unique, records, values, dirty, most_rows, a, b, c, d,
+    stride: tl.constexpr, dim: tl.constexpr, RULE: tl.constexpr, BY_FREQUENCY: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each long row from its chunks' sums, kept or used."""
     number = tl.program_id(0)
-    if number < tl.load(num_long):
-        unique = tl.load(long_rows + number)
+    if number < tl.load(work):
+        unique = tl.load(work + 2 + number)
         count = tl.load(starts + unique + 1) - tl.load(starts + unique)
-        first = tl.load(first_chunks + number)
+        first = tl.load(work + 2 + most_rows + number)
         last = first + (count + CHUNK - 1) // CHUNK
         column = tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], sums.dtype.element_ty)
         for tile in range(first, last, TILE):
             chunk = tile + tl.arange(0, TILE)
             inside = (chunk < last)[:, None] & (column < dim)[None, :]
-            total += tl.sum(tl.load(sums + chunk.to(tl.int64)[:, None] * dim + column[None, :], mask=inside, other=0.0), 0)
+            total += tl.sum(
+                tl.load(sums + chunk.to(tl.int64)[:, None] * dim + column[None, :], mask=inside, other=0.0), 0
+            )
         if BY_FREQUENCY:
             total = _divided(total, count.to(total.dtype) + tl.zeros_like(total))
         row = unique + tl.zeros([1], tl.int32)
@@ -297,22 +292,27 @@ def sum_long_rows(
         place = tl.load(place_of_unique + row)
         real = row >= 0
         _use_gradients(
-            total[None, :], records, stride, values, dirty, slot, place, real, column, dim, a, b, c, d, RULE, RULE > 0
+            total[None, :], records, values, dirty, slot, place, real, column, a, b, c, d, stride, dim, RULE, RULE > 0
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_unique", "most_rows", "most_chunks", "bags_per_table", "num_tables"])
 def sum_rows(
-    grad, order, starts, bag_of_position, kept_of_bag, weights, chosen, slot_of_unique, place_of_unique,
-    records, stride, values, dirty, num_unique, bags_per_table, num_tables, dim, a, b, c, d,
-    HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr, RULE: tl.constexpr,
-    BY_FREQUENCY: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, order, starts, bag_of_position, kept_of_bag, weights, chosen, work, slot_of_unique, place_of_unique,
+    records, values, dirty, num_unique, most_rows, most_chunks, bags_per_table, num_tables, a, b, c, d,
+    stride: tl.constexpr, dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
+    RULE: tl.constexpr, BY_FREQUENCY: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each row with at most SHORT positions: their sum in the order of the batch, kept or used."""
+    """The gradient of each row with at most SHORT positions: their sum in the order of the batch, kept or used.
+
+    The others are listed in `work`, for `sum_chunks` and `sum_long_rows`.
+    """
     unique = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = unique < num_unique
     first = tl.load(starts + unique, mask=real, other=0)
     count = tl.load(starts + unique + 1, mask=real, other=0) - first
+    _list_long_rows(work, unique, count, real & (count > SHORT), most_rows, most_chunks, CHUNK)
     real = real & (count <= SHORT)
     column = tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], grad.dtype.element_ty)
@@ -328,13 +328,13 @@ def sum_rows(
         total = _divided(total, tl.maximum(count, 1).to(total.dtype)[:, None] + tl.zeros_like(total))
     slot = tl.load(slot_of_unique + unique, mask=real, other=0)
     place = tl.load(place_of_unique + unique, mask=real, other=0)
-    _use_gradients(total, records, stride, values, dirty, slot, place, real, column, dim, a, b, c, d, RULE, RULE > 0)
+    _use_gradients(total, records, values, dirty, slot, place, real, column, a, b, c, d, stride, dim, RULE, RULE > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def update_rows(
-    values, slots, records, stride, dirty, num_rows, dim, a, b, c, d,
-    RULE: tl.constexpr, MARKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    values, slots, records, num_rows, a, b, c, d,
+    stride: tl.constexpr, dim: tl.constexpr, RULE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Trains `slots` by the rule with gradients `values` (U, D)."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -342,13 +342,13 @@ def update_rows(
     column = tl.arange(0, BLOCK)
     slot = tl.load(slots + i, mask=real, other=0)
     g = tl.load(values + i[:, None] * dim + column[None, :], mask=real[:, None] & (column < dim)[None, :], other=0.0)
-    _use_gradients(g, records, stride, values, dirty, slot, slot, real, column, dim, a, b, c, d, RULE, MARKS)
+    _use_gradients(g, records, values, records, slot, slot, real, column, a, b, c, d, stride, dim, RULE, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "bags_per_table", "num_tables"])
 def weight_gradient(
-    grad, records, stride, slot_of_unique, unique_of_position, bag_of_position, out,
-    num_positions, bags_per_table, num_tables, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, records, slot_of_unique, unique_of_position, bag_of_position, out,
+    num_positions, bags_per_table, num_tables, stride: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[p] = dot(gradient of p's bag, p's row), summed in float64; 0 for padding."""
     p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
