@@ -5,10 +5,10 @@
 
 Self-contained: torch, triton, numba and numpy, from a bare checkout. Two suites:
 
-power     10 tables x 128 float32, one id a bag, 104,857 samples: 1,048,570 ids a step, drawn by a power law of 1.05 over
-          26.84 million ranks a table (as in dynamicemb's published benchmark), which are folded onto the tables' rows,
-          since a host has not the memory for all. Train steps (forward, backward, update) with SGD and Adam; the cache
-          holds all rows that the steps touch (1.0), or 0.8 of them. The output's gradient is fixed.
+power     10 tables x 128 float32, one id a bag, 104,857 samples: 1,048,570 ids a step, drawn by a power law of 1.05
+          over 26.84 million ranks a table (as in dynamicemb's published benchmark), which are folded onto the tables'
+          rows, since a host has not the memory for all. Train steps (forward, backward, update) with SGD and Adam; the
+          cache holds all rows that the steps touch (1.0), or 0.8 of them. The output's gradient is fixed.
 dlrm      A DLRM over the shape of Criteo's Kaggle set (26 tables, 33.76 million rows) with 128 columns, batch 16,384,
           cache 1.5 % of the rows, with and without looking 4 batches ahead; synthetic, calibrated ids.
 
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class ZeroTables(FreqAwareEmbeddingBagCollection):
 
 
 class ZeroStore:
-    """A RowStore of zeros that forgets what is written: for a cache that holds every row, so that none is read again."""
+    """A RowStore of zeros that forgets what is written: for a cache that holds every row, and reads none again."""
 
     def allocate(self, num_rows: int, layout: Any) -> None:
         pass
@@ -87,11 +88,11 @@ class Batch(NamedTuple):
     labels: torch.Tensor | None = None
 
 
-# ---- timing -----------------------------------------------------------------------------------------------------------
+# ---- timing ----------------------------------------------------------------------------------------------------------
 
 
 def event_ms(calls: list[Callable[[], Any]]) -> list[float]:
-    """ms between the starts of consecutive calls on the device's clock; the last one ends with its own work."""
+    """ms between the starts of consecutive calls on the device's clock; the last ends with its own work."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     torch.cuda.synchronize()
     for call, event in zip(calls, events, strict=False):
@@ -99,7 +100,7 @@ def event_ms(calls: list[Callable[[], Any]]) -> list[float]:
         call()
     events[-1].record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 class Phases:
@@ -139,7 +140,7 @@ class Phases:
 
 
 def ceilings(num_bytes: int) -> dict[str, float]:
-    """GB/s: a copy within device memory (bytes read and written), and over the link, each way alone and both at once."""
+    """GB/s: a copy within device memory (read and written bytes), and over the link, each way and both at once."""
     a, b = (torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2))
     h, k = (torch.empty(num_bytes // 4, dtype=torch.uint8, pin_memory=True) for _ in range(2))
     part_a, part_b = a[: h.numel()], b[: h.numel()]
@@ -164,7 +165,7 @@ def ceilings(num_bytes: int) -> dict[str, float]:
     return found
 
 
-# ---- power law ----------------------------------------------------------------------------------------------------------
+# ---- power law -------------------------------------------------------------------------------------------------------
 
 
 def power_batches(num_batches: int, rows: int, samples: int, seed: int) -> list[Batch]:
@@ -254,43 +255,42 @@ def power_suite(rows: int, samples: int, iterations: int, names: list[str], resu
         results.append({"suite": "power"} | row)
         print(f"power {what} {size} {name}: {row['ms']:.3f} ms", {k: v for k, v in row.items() if k != "device_bytes"})
 
+    def phases_of(tables: Any, step: Callable[[Batch], None], row: dict[str, Any]) -> None:
+        phases = Phases()
+        watched = ("plan", "choose_victims", "exchange", "swap_rows", "bags", "train_rows")
+        with phases.watching(tables._cache.kernels, *watched):
+            for batch in turns[:16]:
+                step(batch)
+        row["phases_ms"] = ms = phases.ms()
+        moved = row["misses_unique"] + row["rows_written_back"]
+        if moved > 1000:
+            row["link_gb_per_s"] = round(moved * tables._cache.layout.row_bytes / ms["swap_rows"] / 1e6, 1)
+        row_bytes = facts["unique"] * DIM * 4
+        trained = row_bytes * (2 if row["optimizer"] == "sgd" else 6) + grad.nbytes
+        row["update_gb_per_s"] = round(trained / ms["train_rows"] / 1e6, 1)
+        row["pool_gb_per_s"] = round((row_bytes + grad.nbytes) / ms["bags"] / 1e6, 1)
+        print("  phases", ms, "link GB/s", row.get("link_gb_per_s"))
+
+    def measure_ours(size: str, name: str) -> None:
+        tables, make = cached_tables(rows, int(touched * float(size)), name, counts)
+        fused = cached_step(tables, make(tables.parameters(), lr=0.01, fused=True), grad)
+        measure("ours, fused", size, name, fused, tables)
+        phases_of(tables, fused, results[-1])
+        loader = Lookahead([*turns, *turns], tables, ids=lambda batch: batch[:2], window=4, depth=1)
+        ahead = iter(loader)
+        measure("ours, fused, looking ahead", size, name, lambda _batch: fused(next(ahead)), tables)
+        ahead.close()
+        if size == "1.0":
+            separate = cached_step(tables, make(tables.parameters(), lr=0.01), grad)
+            measure("ours, separate step", size, name, separate, tables)
+
     for name in names:
         step = torch_step(rows, name, grad, torch.arange(samples * POWER_TABLES, device="cuda"))
         measure("nn.EmbeddingBag in HBM", "all", name, step)
         del step
         torch.cuda.empty_cache()
         for size in ("1.0", "0.8"):
-            tables, make = cached_tables(rows, int(touched * float(size)), name, counts)
-            fused = cached_step(tables, make(tables.parameters(), lr=0.01, fused=True), grad)
-            measure("ours, fused", size, name, fused, tables)
-            phases = Phases()
-            kernels = tables._cache.kernels
-            watched = ("plan", "choose_victims", "exchange", "swap_rows", "bags", "train_rows")
-            with phases.watching(kernels, *watched):
-                for batch in turns[:16]:
-                    fused(batch)
-            results[-1]["phases_ms"] = phases.ms()
-            moved = results[-1]["misses_unique"] + results[-1]["rows_written_back"]
-            if moved > 1000:
-                link = moved * tables._cache.layout.row_bytes / results[-1]["phases_ms"]["swap_rows"] / 1e6
-                results[-1]["link_gb_per_s"] = round(link, 1)
-            rows_bytes = facts["unique"] * DIM * 4 * (2 if name == "sgd" else 6) + grad.nbytes
-            results[-1]["update_gb_per_s"] = round(rows_bytes / results[-1]["phases_ms"]["train_rows"] / 1e6, 1)
-            results[-1]["pool_gb_per_s"] = round(
-                (facts["unique"] * DIM * 4 + grad.nbytes) / results[-1]["phases_ms"]["bags"] / 1e6, 1
-            )
-            print("  phases", results[-1]["phases_ms"], "link GB/s", results[-1].get("link_gb_per_s"))
-            ahead = iter(
-                Lookahead([*turns, *turns], tables, ids=lambda batch: (batch.values, batch.offsets), window=4, depth=1)
-            )
-            measure("ours, fused, looking ahead", size, name, lambda _batch: fused(next(ahead)), tables)
-            ahead.close()
-            del fused
-            if size == "1.0":
-                plain = cached_step(tables, make(tables.parameters(), lr=0.01), grad)
-                measure("ours, separate step", size, name, plain, tables)
-                del plain
-            del tables, ahead
+            measure_ours(size, name)
             torch.cuda.empty_cache()
     results.append({"suite": "power", **host_gather(batches, rows, turns)})
     return facts
@@ -318,7 +318,7 @@ def host_gather(batches: list[Batch], rows: int, turns: list[Batch]) -> dict[str
     return result | {"link_gb_per_s": round(moved / result["ms"] / 1e6, 1)}
 
 
-# ---- DLRM -----------------------------------------------------------------------------------------------------------------
+# ---- DLRM ------------------------------------------------------------------------------------------------------------
 
 
 def dlrm_suite(scale: float, steps: int, rounds: int, results: list[dict]) -> dict[str, Any]:
@@ -413,29 +413,32 @@ def dlrm_suite(scale: float, steps: int, rounds: int, results: list[dict]) -> di
     return facts
 
 
-# ---- report -----------------------------------------------------------------------------------------------------------------
+# ---- report ----------------------------------------------------------------------------------------------------------
 
 
 def render(found: dict[str, Any]) -> str:
     def number(value: Any, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
+        return "-" if value is None else f"{value:.{digits}f}"
 
     lines = []
     for row in found["results"]:
         if row["suite"] == "power":
             key = (row["cache"], row["optimizer"])
             budget = BUDGETS_MS.get(key) if row["what"].startswith("ours, fused") else None
-            published = " / ".join(number(value) for value in PUBLISHED_MS.get(key, ())) or "–"
+            published = " / ".join(number(value) for value in PUBLISHED_MS.get(key, ())) or "-"
             what = f"{row['what']}, {row['optimizer']}, cache {row['cache']}"
             result = f"{row['ms']:.3f} ms (min {row['min_ms']:.3f}, p80 {row['p80_ms']:.3f})"
-            limit = "–" if budget is None else f"<= {budget} ms: {'met' if row['ms'] <= budget else '**missed**'}"
+            limit = "-" if budget is None else f"<= {budget} ms: {'met' if row['ms'] <= budget else '**missed**'}"
         else:
-            what, published = f"DLRM, {row['what']}", "–"
+            what, published = f"DLRM, {row['what']}", "-"
             result = f"{row['samples_per_s'] / 1e6:.3f} M samples/s ({row['of_best_in_hbm']:.3f} of the best in HBM)"
-            limit = "–"
+            limit = "-"
             if row["what"].startswith("cached") and "ahead" in row["what"]:
                 met = row["of_best_in_hbm"] >= LEAST_SAMPLES_RATIO
                 limit = f">= {LEAST_SAMPLES_RATIO}: {'met' if met else '**missed**'}"
+        shares = "-"
+        if "device_bytes" in row:
+            shares = number(row["device_bytes"]["index"] / row["device_bytes"]["cache"], 3)
         lines.append(
             [
                 what,
@@ -445,9 +448,7 @@ def render(found: dict[str, Any]) -> str:
                 number(row.get("hit_ratio"), 4),
                 number(row.get("misses_unique"), 0),
                 number(row.get("syncs"), 2),
-                number(row["device_bytes"]["index"] / row["device_bytes"]["cache"], 3)
-                if "device_bytes" in row
-                else "–",
+                shares,
             ]
         )
     header = ["what", "measured", "budget", "published: HBM / UVM / dynamicemb, ms", "hit ratio", "rows missed a step",
@@ -456,9 +457,9 @@ def render(found: dict[str, Any]) -> str:
     return (
         f"# The cached step on a GPU\n\n`{found['command']}`\n\n{markdown_table(header, lines)}\n\n"
         f"{found['gpu']['name']}, {found['gpu']['memory_gib']} GiB; ceilings, GB/s: {ceiling}. "
-        f"power: {found['power']}. dlrm: {found['dlrm']}. {found['machine']['cpu']}, {found['machine']['cores']} cores, "
-        f"{found['machine']['versions']}, commit {found['machine']['commit']}. Published: one H100-80GB, dynamicemb's "
-        f"benchmark_results.json, 26.84 M rows a table. Phases, bytes and bandwidths are in the JSON file beside.\n"
+        f"power: {found['power']}. dlrm: {found['dlrm']}. {found['machine']['cpu']}, "
+        f"{found['machine']['cores']} cores, {found['machine']['versions']}, commit {found['machine']['commit']}. "
+        f"Published: one H100-80GB, dynamicemb's benchmark_results.json, 26.84 M rows a table. Phases, bytes and bandwidths are in the JSON file beside.\n"
     )
 
 

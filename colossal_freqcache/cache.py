@@ -324,13 +324,16 @@ class RowCache:
         if needed <= self.num_slots:
             return
         if needed > self.ceiling:
-            raise CacheTooSmallError(
-                f"{needed} rows have to be resident at once ({num_missing} to fetch beside {pinned} in use by this "
-                f"batch, by graphs that wait for their backward or step, or by a prefetch), and the cache may hold "
-                f"{self.ceiling} ({self.ceiling * self.budget_row_bytes} bytes of {self.budget_row_bytes} a row). "
-                f"{self.config.advice(needed, self.budget_row_bytes)}, or make the batch smaller, or step sooner"
-            )
+            raise self._too_small(needed, num_missing, pinned)
         self.grow(min(self.ceiling, max(needed, self.num_slots + self.num_slots // 2)))
+
+    def _too_small(self, needed: int, num_missing: int, in_use: int) -> CacheTooSmallError:
+        return CacheTooSmallError(
+            f"{needed} rows have to be resident at once ({num_missing} to fetch beside {in_use} in use by this batch, "
+            f"by graphs that wait for their backward or step, or by a prefetch), and the cache may hold {self.ceiling} "
+            f"({self.ceiling * self.budget_row_bytes} bytes of {self.budget_row_bytes} a row). "
+            f"{self.config.advice(needed, self.budget_row_bytes)}, or make the batch smaller, or step sooner"
+        )
 
     def grow(self, num_slots: int) -> None:
         """Enlarges the cache to `num_slots` slots, at most the ceiling; warns the first time."""

@@ -2,16 +2,21 @@
 
 A batch that comes is first planned (its rows are looked up, and its counts set out for the host), and at the next batch
 that is handed out, when its counts have long arrived, admitted: victims are chosen, written back, and its rows fetched,
-while the current batch trains. So nobody waits for anybody, but for the rows themselves.
+while the current batch trains. A batch is held until the second one after it is handed out, so what is admitted then
+need not wait for the end of the batch before, but for that of the one before it, which the device has mostly reached.
+So nobody waits for anybody, but for the rows themselves.
 
-Three stories that the order of streams is made for (m: the stream that trains, s: the one that admits):
-    early eviction   batch t+1 is admitted while t trains: it may not push out a row of t. Both hold their numbers, and
-                     a slot that a batch from the oldest held number on has used is no victim.
-    dirty fetch      t+1 evicts a row that t-1 has trained, t+2 wants it back. s waits for m up to the end of t-1 before
-                     it writes the row back, and t+2's fetch comes later on s: it reads what was written.
+Three stories that the order of streams is made for (m: the stream that trains, s: the one that admits; t was handed out
+just now):
+    early eviction   batch t+1 is admitted while t trains, and t-1 may still: it may not push out a row of theirs. All
+                     three hold their numbers, and a slot that a batch from the oldest held number on has used is no
+                     victim.
+    dirty fetch      t+1 evicts a row that t-2 has trained, t+2 wants it back. s waits for m up to the end of t-2 before
+                     it looks whether the row is dirty and writes it back, and t+2's fetch comes later on s: it reads
+                     what was written. After a lookup that went its own way on m, s waits for all of m.
     stale slot       t+1's rows are used by m before they are there, or a victim is trained while it is written back.
                      m waits for the event behind t+1's fetch; and a row that m will still train is held by its batch,
-                     or its training was launched before s was told to wait for m.
+                     or its training was launched before the point up to which s waits.
 
 Knows batches as tensors of ids; nothing of loaders, modules or gradients.
 """
@@ -32,6 +37,7 @@ class _Coming:
         self.planned: Any = None  # looked up, and held; None also once it is admitted
         self.lookup: Any = None  # admitted, and held
         self.ready: torch.cuda.Event | None = None  # behind its fetch
+        self.use = 0  # its number, once it was admitted
         self.is_counted = False  # its hits and misses are in the counters
 
 
@@ -46,6 +52,10 @@ class DeviceAhead:
         self._current: _Coming | None = None
         self._stream: torch.cuda.Stream | None = None
         self._is_apart = False  # the side stream has work that the training stream has not waited for
+        self._before: _Coming | None = None  # the batch that was current before
+        self._reached: torch.cuda.Event | None = (
+            None  # what the training stream had to do when `_current` was handed out
+        )
         self.abandoned = False
 
     @property
@@ -69,13 +79,14 @@ class DeviceAhead:
 
         The `depth` batches behind it are admitted as far as they fit, in order, and the one behind them is planned.
         """
-        if self._current is not None:
-            self._release(self._current)
-        self._current = self._coming.popleft()
+        if self._before is not None:
+            self._release(self._before)
+        self._before, self._current = self._current, self._coming.popleft()
         if not depth:
             return
         with self._side_stream():
             self._admit_ahead(depth)
+        self._cache.kernels.turn()
 
     def _admit_ahead(self, depth: int) -> None:
         for number, batch in enumerate(self._coming):
@@ -86,7 +97,7 @@ class DeviceAhead:
             if batch.planned is not None and batch.planned.version != self._cache.slots.version:
                 self._forget_plan(batch)  # somebody else has changed the maps since
             if batch.planned is None:
-                batch.planned = self._cache.plan(batch.values, batch.offsets, batch.padding_ids)
+                batch.planned = self._cache.plan(batch.values, batch.offsets, batch.padding_ids, ahead=True)
                 if number == depth:
                     break
             if not self._admit(batch):
@@ -101,7 +112,7 @@ class DeviceAhead:
             batch.lookup = cache.admit(planned, counted=not batch.is_counted)
         except ValueError:
             return False
-        batch.is_counted = True
+        batch.is_counted, batch.use = True, planned.use
         if self._stream is not None:
             batch.ready = self._stream.record_event()
         return True
@@ -110,9 +121,9 @@ class DeviceAhead:
         """No batch comes any more: lets go of all rows."""
         self.let_go()
         self._coming.clear()
-        self._current = None
+        self._current = self._before = None
         self.abandoned = False
-        self.join()
+        self.interrupt()
 
     def end_if_abandoned(self) -> None:
         """`end`, where nobody could call it."""
@@ -146,25 +157,33 @@ class DeviceAhead:
             return None
         return batch.values, batch.offsets
 
-    def join(self) -> None:
-        """From here on the training stream runs behind what was launched on the side."""
+    def interrupt(self) -> None:
+        """The training stream is about to use the maps: it runs behind what was launched on the side, and then the side
+        behind it."""
+        self._reached = None
         if self._is_apart:
             self._is_apart = False
             torch.cuda.current_stream(self._cache.device).wait_stream(self._stream)
 
     def finish(self) -> None:
-        """As `join`."""
-        self.join()
+        """As `interrupt`."""
+        self.interrupt()
 
     def let_go(self) -> None:
         """No batch holds slots any more; what is announced stays so."""
-        for batch in [*([] if self._current is None else [self._current]), *self._coming]:
+        for batch in self._batches():
             self._release(batch)
 
-    def let_go_of_farthest(self, planned: Any) -> bool:
-        """Lets go of the rows of the farthest batch that holds some, but for the one that asks; False if none does."""
-        for batch in reversed([*([] if self._current is None else [self._current]), *self._coming]):
-            if batch.planned is not planned and (batch.planned is not None or batch.lookup is not None):
+    def released(self, use: int) -> None:
+        """Somebody holds the rows of batch `use` no more. If it was trained after the next one was handed out, the side
+        has to wait for that, too."""
+        if self._current is not None and self._current.use > use:
+            self._reached = None
+
+    def let_go_of_farthest(self) -> bool:
+        """Lets go of the rows of the farthest batch that holds some; False if none does."""
+        for batch in reversed(self._batches()):
+            if batch.planned is not None or batch.lookup is not None:
                 self._release(batch)
                 return True
         return False
@@ -179,14 +198,20 @@ class DeviceAhead:
 
     # ---- how ----------------------------------------------------------------------------------------------------
 
+    def _batches(self) -> list[_Coming]:
+        return [batch for batch in (self._before, self._current, *self._coming) if batch is not None]
+
     def _side_stream(self) -> Any:
         device = self._cache.device
         if device.type != "cuda":
             return torch.no_grad()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._is_apart = True
+        now = torch.cuda.current_stream(device).record_event()
+        self._stream.wait_event(now if self._reached is None else self._reached)
+        if self._reached is None:
+            self._cache.kernels.turn()  # nothing was launched since that could still use a plan
+        self._reached, self._is_apart = now, True
         for batch in self._coming:
             batch.values.record_stream(self._stream)
             batch.offsets.record_stream(self._stream)
@@ -195,10 +220,10 @@ class DeviceAhead:
     def _release(self, batch: _Coming) -> None:
         lookup, batch.lookup = batch.lookup, None
         if lookup is not None:
-            self._cache.unpin(lookup.hold)
+            self._cache.let_go(lookup.hold.use)
         self._forget_plan(batch)
 
     def _forget_plan(self, batch: _Coming) -> None:
         planned, batch.planned = batch.planned, None
         if planned is not None:
-            self._cache.drop_plan(planned)
+            self._cache.let_go(planned.use)

@@ -4,12 +4,11 @@ Batches have numbers, and a slot remembers the last one that used its row. A row
 number on that somebody holds has used it: so holding and letting go are host arithmetic, not a pass over slots. That
 keeps some rows longer than needed; where they are in the way, one pass over the slots tells exactly.
 The host learns of a batch what it needs to size what follows (a bad id, how many rows are unique, how many missing):
-four integers, in one read, which `wait_for_counts` does and counts.
+five integers, in one read, which `wait_for_counts` does and counts.
 Shapes: N positions, U unique rows, M missing, C slots, W record width, T tables, B bags a table.
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,14 +63,14 @@ class DeviceLookup:
 
 
 class Mailbox:
-    """Pinned host memory for a batch's four counts, and an event behind their copy; used again and again."""
+    """Pinned host memory for a batch's five counts, and an event behind their copy; used again and again."""
 
     def __init__(self) -> None:
-        self.counts = torch.empty(4, dtype=torch.int64, pin_memory=True)
+        self.counts = torch.empty(5, dtype=torch.int64, pin_memory=True)
         self.event = torch.cuda.Event()
 
     def send(self, found: torch.Tensor) -> None:
-        """Sets `found` (int64[4], on the device) out for the host."""
+        """Sets `found` (int64[5], on the device) out for the host."""
         self.counts.copy_(found, non_blocking=True)
         self.event.record()
 
@@ -79,11 +78,17 @@ class Mailbox:
 class Planned:
     """A batch that was looked up on the device, and whose counts are on their way to the host."""
 
-    def __init__(self, cache: "DeviceCache", values: torch.Tensor, offsets: torch.Tensor, tables: Tables) -> None:
+    def __init__(
+        self, cache: "DeviceCache", values: torch.Tensor, offsets: torch.Tensor, tables: Tables, ahead: bool
+    ) -> None:
         self.values, self.offsets, self.tables = values, offsets, tables
+        self.is_ahead = ahead
         self.use = cache.next_use()
         self.version = cache.slots.version
-        self.plan = cache.kernels.plan(values, offsets, tables, cache.slots, self.use)
+        self.plan = cache.kernels.plan(values, offsets, tables, cache.slots, self.use, ahead)
+        self.is_counted = cache.is_tight  # how many slots are protected
+        if self.is_counted:
+            cache.kernels.count_protected(cache.slots, cache.oldest_held, self.plan)
         self._counts: list[int] | None = None
         self._mailbox = None
         if self.plan.found.is_cuda:
@@ -102,7 +107,8 @@ class Planned:
             self._mailbox.event.synchronize()
 
     def counts(self) -> list[int]:
-        """N - the first position with a bad id (0: none), U, M, whether the offsets are bad. Once they are known."""
+        """Once they are known: N - the first position with a bad id (0: none), U, M, whether the offsets are bad, slots
+        in use (if `is_counted`)."""
         if self._counts is None:
             self._counts = (self.plan.found if self._mailbox is None else self._mailbox.counts).tolist()
             if self._mailbox is not None:
@@ -134,7 +140,7 @@ class DeviceCache(RowCache):
         self._held: dict[int, int] = {}  # number of a batch -> how often it is held
         self._slots_of_use: dict[int, torch.Tensor] = {}
         self._unique_before: dict[int, int] = {}  # unique rows of all batches before that number
-        self._num_unique = 0
+        self._num_unique = self._last_unique = 0
         self._uncounted: list[Planned] = []  # planned, and not in `_num_unique`
         self._prefetched: Hold | None = None
         self._pages: PinnedPages | None = None
@@ -206,7 +212,7 @@ class DeviceCache(RowCache):
         ready = self.ahead.take(values) if counted else None
         if ready is not None:
             return ready
-        self.ahead.join()
+        self.ahead.interrupt()
         planned = self.plan(values, offsets, padding_ids)
         self.wait_for_counts(planned)
         lookup = self.admit(planned, counted and not self.ahead.has_counted(values))
@@ -214,7 +220,7 @@ class DeviceCache(RowCache):
         return lookup
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
-        self.ahead.join()
+        self.ahead.interrupt()
         planned = self.plan(values, offsets, padding_ids)
         self.wait_for_counts(planned)
         before, self._prefetched = self._prefetched, None
@@ -241,16 +247,25 @@ class DeviceCache(RowCache):
         self._unique_before[self._last_use] = self._num_unique
         return self._last_use
 
-    def plan(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> Planned:
-        """Looks a batch up; changes no map. The host does not wait."""
-        planned = Planned(self, values, offsets, Tables(self._device_rows, self._device_starts, padding_ids))
+    @property
+    def oldest_held(self) -> int:
+        """The number of the oldest batch that is held; of the next one, where none is."""
+        return min(self._held, default=self._last_use)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the held batches and one more like them may want most of the slots, if no row is in two of them."""
+        bound = self._num_unique - self._unique_before.get(self.oldest_held, self._num_unique)
+        return bound + 2 * self._last_unique > self.slots.num_used // 2
+
+    def plan(
+        self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, ahead: bool = False
+    ) -> Planned:
+        """Looks a batch up; changes no map. The host does not wait. ahead: as of the kernels' `plan`."""
+        planned = Planned(self, values, offsets, Tables(self._device_rows, self._device_starts, padding_ids), ahead)
         self._held[planned.use] = 1
         self._uncounted.append(planned)
         return planned
-
-    def drop_plan(self, planned: Planned) -> None:
-        """The planned batch will not be admitted."""
-        self._let_go(planned.use)
 
     def wait_for_counts(self, planned: Planned) -> None:
         """The one place where a step waits for the device."""
@@ -263,9 +278,11 @@ class DeviceCache(RowCache):
         plan = planned.plan
         for other in self._uncounted:  # they have marked rows as used
             self.wait_for_counts(other)
+            other.unique_until_then = self._num_unique
             self._num_unique += other.counts()[1]
         self._uncounted.clear()
-        bad_from_end, num_unique, num_missing, bad_offsets = planned.counts()
+        bad_from_end, num_unique, num_missing, bad_offsets, _ = planned.counts()
+        self._last_unique = num_unique
         try:
             if bad_offsets:
                 raise BadOffsetsError("offsets are not the bounds of bags: from 0 to the number of ids, not decreasing")
@@ -276,7 +293,7 @@ class DeviceCache(RowCache):
             if num_missing:
                 self._fetch(planned, slots, num_missing)
         except BaseException:
-            self._let_go(planned.use)
+            self.let_go(planned.use)
             raise
         if counted:
             self._device_counts += plan.counts
@@ -291,9 +308,11 @@ class DeviceCache(RowCache):
 
     def unpin(self, hold: Hold) -> None:
         """Ends a hold."""
-        self._let_go(hold.use)
+        self.ahead.released(hold.use)
+        self.let_go(hold.use)
 
-    def _let_go(self, use: int) -> None:
+    def let_go(self, use: int) -> None:
+        """One holder less of batch `use`."""
         self._held[use] -= 1
         if not self._held[use]:
             del self._held[use]
@@ -311,13 +330,14 @@ class DeviceCache(RowCache):
             victims = self._choose_victims(planned, slots, num_missing, num_missing - num_fresh)
             targets = torch.cat([targets, victims]) if num_fresh else victims
         missing = self.kernels.missing(planned.plan, slots.numel(), num_missing)
-        new_ids = planned.plan.id_of_unique[missing]
+        arguments = (table, targets, num_fresh, missing, planned.plan)
         if self._store_records is None:
-            self._move_through_buffers(targets, num_fresh, new_ids, planned.use)
+            self._move_through_buffers(arguments, planned.use)
         else:
-            old_rows, new_rows = self._exchange(targets, num_fresh, new_ids, planned.use)
+            old_rows, new_rows = self.kernels.exchange(
+                *arguments, self._row_of_id, True, planned.use, self._device_written
+            )
             self.kernels.swap_rows(self._store_records, old_rows, new_rows, self.records, targets)
-        slots[missing] = targets
         table.num_used += num_fresh
         self.moves += 1
         stats = self._stats
@@ -325,28 +345,24 @@ class DeviceCache(RowCache):
         stats.rows_fetched += num_missing
         stats.bytes_fetched += num_missing * self.layout.row_bytes
 
-    def _exchange(self, targets, num_fresh: int, new_ids, use: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kernels.exchange(
-            self.slots, targets, num_fresh, new_ids, self._row_of_id, True, use, self._device_written
-        )
-
-    def _exchange_known(self, targets, num_fresh: int, new_ids, new_rows: torch.Tensor, use: int) -> None:
-        """The same where the host has found the rows (int64[M], on the host) and has written back what must be."""
+    def _exchange_known(self, arguments: tuple, new_rows: torch.Tensor, use: int) -> None:
+        """Where the host has found the rows (int64[M], on the host) and has written back what must be."""
         rows = None if self._row_of_id is None else new_rows.to(self.device)
-        ignored = torch.zeros_like(self._device_written)
-        self.kernels.exchange(self.slots, targets, num_fresh, new_ids, rows, False, use, ignored)
+        self.kernels.exchange(*arguments, rows, False, use, torch.zeros_like(self._device_written))
 
-    def _move_through_buffers(self, targets, num_fresh: int, new_ids, use: int) -> None:
+    def _move_through_buffers(self, arguments: tuple, use: int) -> None:
         """Where the device cannot reach the store: the store reads and writes, and the host waits.
 
         The rows are read, and the victims written, before a map changes: a store that raises changes nothing.
         """
-        rows = torch.from_numpy(np.ascontiguousarray(self.order.rows(new_ids.cpu().long().numpy())))
+        _, targets, num_fresh, missing, plan = arguments
+        ids = plan.id_of_unique[missing].cpu().long().numpy()
+        rows = torch.from_numpy(np.ascontiguousarray(self.order.rows(ids)))
         fetched = torch.empty(rows.numel(), self.layout.width, dtype=self.layout.dtype)
         self.store.read(rows, fetched, torch.arange(rows.numel()))
         leaving = targets[num_fresh:].long()
         self._write_back_slots(leaving[self.slots.dirty[leaving] > 0])
-        self._exchange_known(targets, num_fresh, new_ids, rows, use)
+        self._exchange_known(arguments, rows, use)
         self.records[targets.long()] = fetched.to(self.device)
 
     def _choose_victims(self, planned: Planned, slots: torch.Tensor, num_missing: int, count: int) -> torch.Tensor:
@@ -357,14 +373,18 @@ class DeviceCache(RowCache):
         table = self.slots
         oldest = min(self._held)
         in_use = min(self._num_unique - self._unique_before[oldest] - num_missing, table.num_used)
+        if planned.is_counted:  # what the plan has seen, and what was planned after it
+            later = self._num_unique - planned.unique_until_then - slots.numel()
+            in_use = min(in_use, planned.counts()[4] + later)
         while table.num_used - in_use < count:
+            if planned.is_ahead:  # it can wait, and need not know exactly
+                raise self._too_small(in_use + num_missing, num_missing, in_use)
             exact = self._protect_exactly(planned.use, slots)
             oldest = min(self._held)
             if table.num_used - exact >= count:
                 in_use = exact
-            elif not self.ahead.let_go_of_farthest(planned):
-                needed = exact + num_missing
-                raise CacheTooSmallError(self._too_small(needed, num_missing, exact))
+            elif not self.ahead.let_go_of_farthest():
+                raise self._too_small(exact + num_missing, num_missing, exact)
         limit = min(CHOICES * count, table.num_used - in_use)
         window = min(table.num_used, in_use + limit)
         victims = self.kernels.choose_victims(table, self._key, count, self._hand, window, oldest, limit)
@@ -421,7 +441,7 @@ class DeviceCache(RowCache):
 
     def _finish(self) -> None:
         """All that was launched has ended: the host may look at the store, and kernels at what the host writes."""
-        self.ahead.join()
+        self.ahead.interrupt()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -447,7 +467,9 @@ class DeviceCache(RowCache):
         rows = torch.arange(wanted)
         ids = torch.from_numpy(np.ascontiguousarray(self.order.ids(rows.numpy()))).to(self.device, self.slots.number)
         targets = torch.arange(wanted, dtype=torch.int32, device=self.device)
-        self._exchange_known(targets, wanted, ids, rows, 0)
+        nothing = targets.new_empty(0)
+        plan = DevicePlan(nothing, nothing, nothing, nothing, ids, targets.clone(), nothing, nothing)
+        self._exchange_known((self.slots, targets, wanted, targets.long(), plan), rows, 0)
         for chunk in rows.split(max(1, CHUNK_BYTES // self.layout.row_bytes)):
             records = torch.empty(chunk.numel(), self.layout.width, dtype=self.layout.dtype)
             self.store.read(chunk, records, torch.arange(chunk.numel()))
@@ -495,7 +517,7 @@ class DeviceCache(RowCache):
 
     def _reset_for_clone(self) -> None:
         self._held, self._slots_of_use, self._unique_before, self._uncounted = {}, {}, {}, []
-        self._num_unique = self._last_use = self.num_syncs = 0
+        self._num_unique = self._last_unique = self._last_use = self.num_syncs = 0
         self._prefetched = self._pages = None
         self.mailboxes = []
 

@@ -1,8 +1,9 @@
 """DeviceSlots: which row sits in which slot, for a cache whose maps live on the training device. Arrays only.
 
-Nothing here grows with the table: an id finds its slot through a hash table of slots (or by a search, in the torch set).
-Shapes: C slots, K buckets of 8 cells. Bytes a slot: 4 or 8 for the id, as many for the row unless rows are ids, 4 for the
-last use, 1 for dirty, 4 for a count of uses where the policy wants one, and 9.2 of the hash table: at most 32 in all.
+Nothing here grows with the table: an id finds its slot through a hash table of slots (in the torch set, by a search).
+Shapes: C slots, K buckets of 8 cells. Bytes a slot: 4 or 8 for the id, as many for the row unless rows are ids, 4 for
+the last use, 1 for dirty, 4 for a count of uses where the policy wants one, and 9.2 of the hash table: 22 with 32-bit
+numbers and ordered rows, 30 with 64-bit ones (34 where uses are counted as well).
 """
 
 import torch

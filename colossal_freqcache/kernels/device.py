@@ -30,7 +30,8 @@ class DevicePlan:
     order: int64[N], positions by id, stable; padding last. starts: int32[N+1], of which U+1 count: where in `order`
     each unique row's positions start. unique_of_position: int32[N], -1 for padding. bag_of_position: int32[N].
     id_of_unique, slot_of_unique: (N,), of which U count; slot -1 where missing.
-    found: int64[4]: N - the first position with a bad id (0: none), U, M, whether the offsets are no bounds of bags.
+    found: int64[5]: N - the first position with a bad id (0: none), U, M, whether the offsets are no bounds of bags,
+        and what `count_protected` has counted.
     counts: int64[T, 4]: looked-up positions, missed positions, missing rows, 0.
     zeros: int32, all 0, for the first adjoint of the batch; None where there is none.
     """
@@ -90,8 +91,22 @@ class DeviceTorchKernels(TorchKernels):
 
     has_entries = False
 
-    def plan(self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: int):
-        """A DevicePlan; the resident rows are marked as used by batch number `use`."""
+    def turn(self) -> None:
+        """What was launched until now comes before what is planned with `ahead` from now on."""
+
+    def plan(
+        self,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        tables: Tables,
+        slots: DeviceSlots,
+        use: int,
+        ahead: bool = False,
+    ) -> DevicePlan:
+        """Looks a batch up; the resident rows are marked as used by batch number `use`.
+
+        ahead: on a stream that waits for what was launched before the last `turn` only.
+        """
         num_tables, size = tables.rows.numel(), values.numel()
         num_bags = offsets.numel() - 1
         lengths = offsets.diff()
@@ -121,7 +136,7 @@ class DeviceTorchKernels(TorchKernels):
         counts[:, 1].index_add_(0, table_of_unique[missing], sizes[missing])
         counts[:, 2] = torch.bincount(table_of_unique[missing], minlength=num_tables)
         first_bad = bad.nonzero()[0, 0].item() if bad.any() else size
-        found = [size - first_bad, ids.numel(), int(missing.sum()), int(bad_offsets)]
+        found = [size - first_bad, ids.numel(), int(missing.sum()), int(bad_offsets), 0]
         return DevicePlan(
             order,
             starts,
@@ -132,6 +147,10 @@ class DeviceTorchKernels(TorchKernels):
             torch.tensor(found, device=values.device),
             counts,
         )
+
+    def count_protected(self, slots: DeviceSlots, protected_from: int, plan: DevicePlan) -> None:
+        """plan.found[4] = slots that a batch from `protected_from` on has used, this plan's included. O(C)."""
+        plan.found[4] = (slots.last_use[: slots.num_used] >= protected_from).sum()
 
     def find(self, ids: torch.Tensor, slots: DeviceSlots) -> torch.Tensor:
         """int32[n]: the slots of int64 `ids`, -1 where they are not resident."""
@@ -162,14 +181,16 @@ class DeviceTorchKernels(TorchKernels):
         order = torch.sort(worst, descending=True, stable=True).indices
         return candidates[order[:count]].int()
 
-    def exchange(self, slots: DeviceSlots, targets, num_fresh, new_ids, rows_of, by_id, use, written):
-        """Slots targets[M] change their rows to those of new_ids: (rows to write back, -1 for none; new rows), int64[M].
+    def exchange(self, slots: DeviceSlots, targets, num_fresh, missing, plan, rows_of, by_id, use, written):
+        """Slots targets[M] change their rows to the plan's `missing` unique rows (int64[M]), whose slots they become.
 
-        The first `num_fresh` targets were free. rows_of: the new rows, or with `by_id` the row of every id (it may lie
-        on the host), or None where rows are ids. `written` (int64[1]) goes up by the number of rows to write back.
+        Returns (rows to write back, -1 for none; new rows), int64[M]. The first `num_fresh` targets were free. rows_of:
+        the new rows, or with `by_id` the row of every id (it may lie on the host), or None where rows are ids.
+        `written` (int64[1]) goes up by the number of rows to write back.
         """
         places = targets.long()
-        new_ids = new_ids.long()
+        new_ids = plan.id_of_unique[missing].long()
+        plan.slot_of_unique[missing] = targets
         leaves = slots.dirty[places] > 0
         old_rows = torch.where(leaves, slots.row_of_slot[places].long(), -1)
         written += leaves.sum()

@@ -22,8 +22,9 @@ __all__ = ["CudaKernels"]
 
 BLOCK = 128  # integers of a program: one for each thread of four warps
 WINDOW_BLOCK = 512
+COUNT_BLOCK = 4096
+LINK_PROGRAMS = 256  # keep the link to the host busy, and leave the multiprocessors to what trains meanwhile
 TILE_ELEMENTS = 1024  # of a tile of rows
-LEAST_KEY = -(2**62)
 NO_NUMBERS = (0.0,) * 4
 RULE_NUMBERS = {
     "sgd": rows.SGD,
@@ -63,9 +64,20 @@ class CudaKernels(DeviceTorchKernels):
     def __init__(self) -> None:
         self._graphs = GraphedPlans(self._plan)
 
-    def plan(self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: int):
+    def turn(self) -> None:
+        self._graphs.turn()
+
+    def plan(
+        self,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        tables: Tables,
+        slots: DeviceSlots,
+        use: int,
+        ahead: bool = False,
+    ) -> DevicePlan:
         """As the twin's; without waiting for the device."""
-        plan = self._graphs.plan(values, offsets, tables, slots, use)
+        plan = self._graphs.plan(values, offsets, tables, slots, use, ahead)
         if plan is None:
             number = torch.full((1,), use, dtype=torch.int32, device=values.device)
             plan = self._plan(values, offsets, tables, slots, number)
@@ -77,8 +89,8 @@ class CudaKernels(DeviceTorchKernels):
         """`use`: int32[1], on the device."""
         device, size, num_bags = values.device, values.numel(), offsets.numel() - 1
         num_tables, absent = tables.rows.numel(), slots.num_rows
-        counters = torch.zeros(4 + 4 * num_tables, dtype=torch.int64, device=device)
-        found, counts = counters[:4], counters[4:].view(num_tables, 4)
+        counters = torch.zeros(6 + 4 * num_tables, dtype=torch.int64, device=device)
+        found, counts = counters[:5], counters[6:].view(num_tables, 4)
         keys = torch.empty(size, dtype=slots.number, device=device)
         padded = -(-size // 4) * 4  # every array starts at a multiple of 16 bytes
         numbers = torch.empty(5 * padded + 1, dtype=torch.int32, device=device)
@@ -89,8 +101,21 @@ class CudaKernels(DeviceTorchKernels):
         launch(
             index.number_ids,
             _programs(max(size, num_bags, 1), BLOCK),
-            (values, offsets, tables.rows, tables.starts, tables.padding, keys, bag_of_position, found, counts)
-            + (size, num_bags, bags_per_table, absent),
+            (
+                values,
+                offsets,
+                tables.rows,
+                tables.starts,
+                tables.padding,
+                keys,
+                bag_of_position,
+                found,
+                counts,
+                size,
+                num_bags,
+                bags_per_table,
+                absent,
+            ),
             {"STEPS": _steps(num_bags) + 1, "BLOCK": BLOCK},
         )
         if not size:
@@ -111,9 +136,24 @@ class CudaKernels(DeviceTorchKernels):
         launch(
             index.probe_uniques,
             grid,
-            (slots.entries, slots.id_of_slot, slots.last_use, slots.uses, id_of_unique, starts, heads_up_to)
-            + (tables.starts, slot_of_unique, found, counts, use)
-            + (size, num_tables, slots.num_buckets, slots.slot_bits),
+            (
+                slots.entries,
+                slots.id_of_slot,
+                slots.last_use,
+                slots.uses,
+                id_of_unique,
+                starts,
+                heads_up_to,
+                tables.starts,
+                slot_of_unique,
+                found,
+                counts,
+                use,
+                size,
+                num_tables,
+                slots.num_buckets,
+                slots.slot_bits,
+            ),
             {"COUNT_USES": slots.counts_uses, "STEPS": _steps(num_tables) + 1, "BLOCK": BLOCK},
         )
         zeros = torch.zeros(_work_size(size), dtype=torch.int32, device=device)
@@ -131,6 +171,15 @@ class CudaKernels(DeviceTorchKernels):
                 {"BLOCK": BLOCK},
             )
         return found
+
+    def count_protected(self, slots: DeviceSlots, protected_from: int, plan: DevicePlan) -> None:
+        if slots.num_used:
+            launch(
+                index.count_protected,
+                _programs(slots.num_used, COUNT_BLOCK),
+                (slots.last_use, plan.found, slots.num_used, protected_from),
+                {"BLOCK": COUNT_BLOCK},
+            )
 
     def missing(self, plan: DevicePlan, num_unique: int, num_missing: int) -> torch.Tensor:
         slots = plan.slot_of_unique[:num_unique]
@@ -152,26 +201,55 @@ class CudaKernels(DeviceTorchKernels):
         arguments = (hand, window, slots.num_used, protected_from)
         launch(index.count_candidates, grid, (slots.last_use, counts, *arguments), {"BLOCK": WINDOW_BLOCK})
         candidates = torch.empty(limit, dtype=torch.int32, device=slots.device)
-        keys = torch.full((limit,), LEAST_KEY, dtype=torch.int64, device=slots.device)
+        dtype = slots.number if key == "dataset" else torch.int32
+        keys = torch.full((limit,), torch.iinfo(dtype).min, dtype=dtype, device=slots.device)
         launch(
             index.take_candidates,
             grid,
-            (slots.last_use, slots.uses, slots.row_of_slot, torch.cumsum(counts, 0, dtype=torch.int32))
-            + (candidates, keys, *arguments, limit),
+            (
+                slots.last_use,
+                slots.uses,
+                slots.row_of_slot,
+                torch.cumsum(counts, 0, dtype=torch.int32),
+                candidates,
+                keys,
+                *arguments,
+                limit,
+            ),
             {"KEY": KEYS.index(key), "BLOCK": WINDOW_BLOCK},
         )
         return candidates[torch.sort(keys, descending=True, stable=True).indices[:count]]
 
-    def exchange(self, slots: DeviceSlots, targets, num_fresh, new_ids, rows_of, by_id, use, written):
+    def exchange(self, slots: DeviceSlots, targets, num_fresh, missing, plan, rows_of, by_id, use, written):
         count = targets.numel()
-        old_rows, new_rows = torch.empty(2, count, dtype=torch.int64, device=slots.device)
+        old_rows, new_rows = torch.empty(2, count, dtype=torch.int64, device=slots.device).unbind()
         if count:
+            new_ids = torch.empty(count, dtype=slots.number, device=slots.device)
             launch(
                 index.exchange_slots,
                 _programs(count, BLOCK),
-                (slots.entries, slots.id_of_slot, slots.row_of_slot, slots.last_use, slots.uses, slots.dirty)
-                + (slots.id_of_slot if rows_of is None else rows_of, targets, new_ids, old_rows, new_rows, written)
-                + (use, count, num_fresh, slots.num_buckets, slots.slot_bits),
+                (
+                    slots.entries,
+                    slots.id_of_slot,
+                    slots.row_of_slot,
+                    slots.last_use,
+                    slots.uses,
+                    slots.dirty,
+                    slots.id_of_slot if rows_of is None else rows_of,
+                    targets,
+                    missing,
+                    plan.id_of_unique,
+                    plan.slot_of_unique,
+                    new_ids,
+                    old_rows,
+                    new_rows,
+                    written,
+                    use,
+                    count,
+                    num_fresh,
+                    slots.num_buckets,
+                    slots.slot_bits,
+                ),
                 {
                     "ORDERED": rows_of is not None,
                     "BY_ID": by_id,
@@ -196,7 +274,7 @@ class CudaKernels(DeviceTorchKernels):
             tile = _tile(width)
             launch(
                 rows.swap_rows,
-                _programs(count, tile["ROWS"]),
+                min(_programs(count, tile["ROWS"]), LINK_PROGRAMS),
                 (store, old_rows, new_rows, records, targets, count),
                 {"store_stride": store.stride(0), "stride": records.stride(0), "width": width, **tile},
             )
@@ -207,7 +285,7 @@ class CudaKernels(DeviceTorchKernels):
             tile = _tile(width)
             launch(
                 rows.copy_rows,
-                _programs(count, tile["ROWS"]),
+                min(_programs(count, tile["ROWS"]), LINK_PROGRAMS),
                 (source, source_rows, target, target_rows, count),
                 {"source_stride": source.stride(0), "target_stride": target.stride(0), "width": width, **tile},
             )
@@ -335,8 +413,17 @@ class CudaKernels(DeviceTorchKernels):
             launch(
                 rows.weight_gradient,
                 _programs(size, tile["ROWS"]),
-                (grad.contiguous(), records, slot_of_unique, plan.unique_of_position, plan.bag_of_position, out)
-                + (size, (offsets.numel() - 1) // num_tables, num_tables),
+                (
+                    grad.contiguous(),
+                    records,
+                    slot_of_unique,
+                    plan.unique_of_position,
+                    plan.bag_of_position,
+                    out,
+                    size,
+                    (offsets.numel() - 1) // num_tables,
+                    num_tables,
+                ),
                 {"stride": records.stride(0), "dim": dim, **tile},
             )
         return out

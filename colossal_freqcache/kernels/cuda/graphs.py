@@ -2,8 +2,9 @@
 
 A plan is a dozen small kernels, and launching them takes the host longer than the device takes to run them. A graph is
 launched at once. It writes into memory of its own, so there are several of each shape, and one is used again when
-nobody refers to the plan that it made last. Whoever replays it does so behind all work that was launched on that plan
-(the streams of DeviceAhead see to that).
+nobody refers to the plan that it made last. The work that was launched on that plan has to come before: on one stream
+it does. Where another stream plans ahead, it waits for what had been launched at its turn before (DeviceAhead), so a
+graph is used again there only if its plan was dead by then: `turn` is that moment.
 """
 
 import weakref
@@ -32,6 +33,7 @@ class _Graph:
         self._offsets: torch.Tensor | None = None
         self._refers_to = tables, slots  # whose memory the graph reads
         self._plan: Callable[[], DevicePlan | None] = lambda: None
+        self.was_free = False  # at the last turn
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._result = plan(*self._inputs, tables, slots, self._use)
@@ -48,6 +50,7 @@ class _Graph:
             self._offsets = offsets
         self._use.fill_(use)
         self._graph.replay()
+        self.was_free = False
         plan = self._result.again()
         self._plan = weakref.ref(plan)
         return plan
@@ -61,8 +64,14 @@ class GraphedPlans:
         self._seen: Counter = Counter()
         self._graphs: OrderedDict[tuple, list[_Graph]] = OrderedDict()
 
+    def turn(self) -> None:
+        """From here on, `plan(ahead=True)` uses the graphs that are free now."""
+        for graphs in self._graphs.values():
+            for graph in graphs:
+                graph.was_free = graph.is_free
+
     def plan(
-        self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: int
+        self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: int, ahead: bool
     ) -> DevicePlan | None:
         """The plan, or None where it has to be made kernel by kernel."""
         if not values.is_cuda or not values.numel() or torch.cuda.is_current_stream_capturing():
@@ -77,7 +86,7 @@ class GraphedPlans:
         self._graphs.move_to_end(key)
         if len(self._graphs) > MOST_SHAPES:
             self._graphs.popitem(last=False)
-        graph = next((graph for graph in graphs if graph.is_free), None)
+        graph = next((graph for graph in graphs if (graph.was_free if ahead else graph.is_free)), None)
         if graph is None:
             if len(graphs) == MOST_OF_A_SHAPE:
                 return None

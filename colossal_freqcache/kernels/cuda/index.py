@@ -18,6 +18,7 @@ __all__ = [
     "CELLS",
     "EMPTY",
     "count_candidates",
+    "count_protected",
     "exchange_slots",
     "find_slots",
     "insert_entries",
@@ -156,7 +157,7 @@ def number_uniques(
     absent,
     BLOCK: tl.constexpr,
 ):
-    """unique_of_position[order[i]] = heads_up_to[i] - 1 (-1 for `absent`), and each unique row's id and where it starts.
+    """unique_of_position[order[i]] = heads_up_to[i] - 1 (-1 for `absent`), and each unique row's id and start.
 
     starts[u]..starts[u+1] are the places in `order` of the positions of unique row u.
     """
@@ -197,7 +198,7 @@ def probe_uniques(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slot_of_unique[u], -1 where missing; last_use[slot] = use_number[0] of those that are resident; counts of the missing.
+    """slot_of_unique[u], -1 where missing; last_use[slot] = use_number[0] of the resident; counts of the missing.
 
     found[1] = U, found[2] += missing rows. counts[t, 1] += missed positions, counts[t, 2] += missing rows.
     """
@@ -236,9 +237,17 @@ def list_missing(slot_of_unique, missing_up_to, missing, num_unique, BLOCK: tl.c
     tl.store(missing + place, u, mask=lacks)
 
 
+@triton.jit(do_not_specialize=["num_used", "protected_from"])
+def count_protected(last_use, found, num_used, protected_from, BLOCK: tl.constexpr):
+    """found[4] += slots that a batch from `protected_from` on has used."""
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    used = tl.load(last_use + slot, mask=slot < num_used, other=-1) >= protected_from
+    tl.atomic_add(found + 4, tl.sum(used.to(tl.int64), 0))
+
+
 @triton.jit(do_not_specialize=["hand", "window", "num_used", "protected_from"])
 def count_candidates(last_use, counts, hand, window, num_used, protected_from, BLOCK: tl.constexpr):
-    """counts[b] = slots of block b of the window (from `hand` on, around) that no batch from `protected_from` on uses."""
+    """counts[b] = slots of block b of the window (from `hand` on, around) that no batch from `protected_from` uses."""
     w = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slot = (hand + w) % num_used
     free = tl.load(last_use + slot, mask=w < window, other=protected_from) < protected_from
@@ -272,14 +281,13 @@ def take_candidates(
     taken = (free > 0) & (place < limit)
     tl.store(slots + place, slot.to(tl.int32), mask=taken)
     if KEY == 0:
-        key = tl.load(row_of_slot + slot, mask=taken, other=0).to(tl.int64)
+        key = tl.load(row_of_slot + slot, mask=taken, other=0)
     elif KEY == 1:
-        key = -used.to(tl.int64)
+        key = -used
     else:
-        count = tl.load(uses + slot, mask=taken, other=0)
-        tl.store(uses + slot, count // 2, mask=taken)  # old uses fade where they are looked at
-        key = -count.to(tl.int64)
-    tl.store(keys + place, key, mask=taken)
+        key = -tl.load(uses + slot, mask=taken, other=0)
+        tl.store(uses + slot, (-key) // 2, mask=taken)  # old uses fade where they are looked at
+    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=taken)
 
 
 @triton.jit(do_not_specialize=["use", "num_missing", "num_fresh", "num_buckets", "slot_bits"])
@@ -292,6 +300,9 @@ def exchange_slots(
     dirty,
     rows_of,
     targets,
+    missing,
+    id_of_unique,
+    slot_of_unique,
     new_ids,
     old_rows,
     new_rows,
@@ -306,8 +317,9 @@ def exchange_slots(
     COUNT_USES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Slot targets[i] changes its row: out of the hash table goes the old one's id, into the maps comes new_ids[i].
+    """Slot targets[i] changes its row: out of the hash table goes the old one's id, into the maps comes the new one's.
 
+    new_ids[i] = id_of_unique[missing[i]], and slot_of_unique[missing[i]] becomes targets[i].
     old_rows[i] = the row to write back, -1 where the slot was free (i < num_fresh) or clean. `written` += their number.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -331,7 +343,10 @@ def exchange_slots(
             pending = pending & ~here
         tl.atomic_add(entries + bucket * 8 + 7, tl.full([BLOCK], -1, tl.int32), mask=pending)
         bucket = tl.where(bucket + 1 == num_buckets, 0, bucket + 1)
-    new_id = tl.load(new_ids + i, mask=real, other=0).to(tl.int64)
+    unique = tl.load(missing + i, mask=real, other=0)
+    new_id = tl.load(id_of_unique + unique, mask=real, other=0).to(tl.int64)
+    tl.store(slot_of_unique + unique, slot, mask=real)
+    tl.store(new_ids + i, new_id.to(new_ids.dtype.element_ty), mask=real)
     new_row = new_id
     if ORDERED:
         if BY_ID:
@@ -350,7 +365,7 @@ def exchange_slots(
 
 @triton.jit(do_not_specialize=["num_new", "num_buckets", "slot_bits"])
 def insert_entries(entries, ids, slots, num_new, num_buckets, slot_bits, BLOCK: tl.constexpr):
-    """Puts ids[i] -> slots[i] into the hash table; the ids are distinct and not in it. `entries` ends in a spare cell."""
+    """Puts ids[i] -> slots[i] into the hash table; the ids are distinct and not in it. It ends in a spare cell."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = i < num_new
     slot = tl.load(slots + i, mask=real, other=0)

@@ -52,14 +52,15 @@ def copy_rows(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """target[target_rows[i]] = source[source_rows[i]]; either may be pinned host memory."""
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = i < num_rows
     column = tl.arange(0, BLOCK)
-    inside = real[:, None] & (column < width)[None, :]
-    from_row = tl.load(source_rows + i, mask=real, other=0).to(tl.int64)
-    to_row = tl.load(target_rows + i, mask=real, other=0).to(tl.int64)
-    values = tl.load(source + from_row[:, None] * source_stride + column[None, :], mask=inside)
-    tl.store(target + to_row[:, None] * target_stride + column[None, :], values, mask=inside)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        i = tile * ROWS + tl.arange(0, ROWS)
+        real = i < num_rows
+        inside = real[:, None] & (column < width)[None, :]
+        from_row = tl.load(source_rows + i, mask=real, other=0).to(tl.int64)
+        to_row = tl.load(target_rows + i, mask=real, other=0).to(tl.int64)
+        values = tl.load(source + from_row[:, None] * source_stride + column[None, :], mask=inside)
+        tl.store(target + to_row[:, None] * target_stride + column[None, :], values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -71,26 +72,28 @@ def swap_rows(
 
     One pass, so that both directions of the link are busy. No row is both an old and a new one.
     """
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = i < num_rows
     column = tl.arange(0, BLOCK)
-    inside = real[:, None] & (column < width)[None, :]
-    old_row = tl.load(old_rows + i, mask=real, other=-1).to(tl.int64)
-    new_row = tl.load(new_rows + i, mask=real, other=0).to(tl.int64)
-    slot = tl.load(slots + i, mask=real, other=0).to(tl.int64)
-    leaves = inside & (old_row >= 0)[:, None]
-    place = records + slot[:, None] * stride + column[None, :]
-    fetched = tl.load(store + new_row[:, None] * store_stride + column[None, :], mask=inside)
-    trained = tl.load(place, mask=leaves)
-    tl.store(store + old_row[:, None] * store_stride + column[None, :], trained, mask=leaves)
-    tl.store(place, fetched, mask=inside)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        i = tile * ROWS + tl.arange(0, ROWS)
+        real = i < num_rows
+        inside = real[:, None] & (column < width)[None, :]
+        old_row = tl.load(old_rows + i, mask=real, other=-1).to(tl.int64)
+        new_row = tl.load(new_rows + i, mask=real, other=0).to(tl.int64)
+        slot = tl.load(slots + i, mask=real, other=0).to(tl.int64)
+        leaves = inside & (old_row >= 0)[:, None]
+        place = records + slot[:, None] * stride + column[None, :]
+        fetched = tl.load(store + new_row[:, None] * store_stride + column[None, :], mask=inside)
+        trained = tl.load(place, mask=leaves)
+        tl.store(store + old_row[:, None] * store_stride + column[None, :], trained, mask=leaves)
+        tl.store(place, fetched, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_bags", "bags_per_table", "num_tables"])
 def pool(
     records, slot_of_unique, unique_of_position, offsets, weights, out, kept_of_bag,
     num_bags, bags_per_table, num_tables,
-    stride: tl.constexpr, dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    stride: tl.constexpr, dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[b, t] = sum over the bag t*B+b of w_p * row_p, for MEAN divided by kept_of_bag, its positions but padding."""
     bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -181,8 +184,8 @@ def _use_gradients(
 ):  # fmt: skip
     """Keeps the gradients g (P, BLOCK) of P rows in values[places], or trains their slots by the rule.
 
-    a, b, c, d: SGD lr; Adagrad, row-wise lr, eps; Adam 1 - beta1, 1 - beta2, eps, step size. One operation after the other,
-    each rounded, so that a fused and a separate update give the same bits.
+    a, b, c, d: SGD lr; Adagrad, row-wise lr, eps; Adam 1 - beta1, 1 - beta2, eps, step size. One operation after
+    the other, each rounded, so that a fused and a separate update give the same bits.
     """
     inside = real[:, None] & (column < dim)[None, :]
     if RULE == 0:
@@ -268,7 +271,8 @@ def sum_chunks(
 @triton.jit(do_not_specialize=["most_rows"])
 def sum_long_rows(
     sums, starts, work, slot_of_unique, place_of_unique, records, values, dirty, most_rows, a, b, c, d,
-    stride: tl.constexpr, dim: tl.constexpr, RULE: tl.constexpr, BY_FREQUENCY: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    stride: tl.constexpr, dim: tl.constexpr, RULE: tl.constexpr, BY_FREQUENCY: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each long row from its chunks' sums, kept or used."""
     number = tl.program_id(0)
@@ -348,7 +352,8 @@ def update_rows(
 @triton.jit(do_not_specialize=["num_positions", "bags_per_table", "num_tables"])
 def weight_gradient(
     grad, records, slot_of_unique, unique_of_position, bag_of_position, out,
-    num_positions, bags_per_table, num_tables, stride: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    num_positions, bags_per_table, num_tables,
+    stride: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[p] = dot(gradient of p's bag, p's row), summed in float64; 0 for padding."""
     p = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
