@@ -458,8 +458,9 @@ def render(found: dict[str, Any]) -> str:
         f"# The cached step on a GPU\n\n`{found['command']}`\n\n{markdown_table(header, lines)}\n\n"
         f"{found['gpu']['name']}, {found['gpu']['memory_gib']} GiB; ceilings, GB/s: {ceiling}. "
         f"power: {found['power']}. dlrm: {found['dlrm']}. {found['machine']['cpu']}, "
-        f"{found['machine']['cores']} cores, {found['machine']['versions']}, commit {found['machine']['commit']}. "
-        f"Published: one H100-80GB, dynamicemb's benchmark_results.json, 26.84 M rows a table. Phases, bytes and bandwidths are in the JSON file beside.\n"
+        f"{found['machine']['cores']} cores, {found['machine']['versions']}, "
+        f"commit {found['machine']['commit']}. Published: one H100-80GB, dynamicemb's "
+        "benchmark_results.json, 26.84 M rows a table. Phases, bytes and bandwidths are in the JSON file beside.\n"
     )
 
 
