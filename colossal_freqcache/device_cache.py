@@ -27,7 +27,7 @@ from .row_layout import RowLayout
 __all__ = ["BadOffsetsError", "DeviceCache", "DeviceLookup", "Hold"]
 
 # A victim is the worst of so many candidates: sampling by a sweep, as close to the policy's order as caches need.
-CHOICES = 8
+CHOICES = 4
 
 
 class BadOffsetsError(ValueError):
@@ -237,10 +237,6 @@ class DeviceCache(RowCache):
             hold, self._prefetched = self._prefetched, None
             self.unpin(hold)
 
-    def wanted_ids(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, kernels: Any) -> Any:
-        """The batch as it is: the device looks at it when it is its turn."""
-        return values, offsets, padding_ids
-
     def next_use(self) -> int:
         """The number of the batch that is looked up next; nobody holds it yet."""
         self._last_use += 1
@@ -330,14 +326,14 @@ class DeviceCache(RowCache):
             victims = self._choose_victims(planned, slots, num_missing, num_missing - num_fresh)
             targets = torch.cat([targets, victims]) if num_fresh else victims
         missing = self.kernels.missing(planned.plan, slots.numel(), num_missing)
-        arguments = (table, targets, num_fresh, missing, planned.plan)
         if self._store_records is None:
-            self._move_through_buffers(arguments, planned.use)
+            self._move_through_buffers(targets, num_fresh, missing, planned)
         else:
-            old_rows, new_rows = self.kernels.exchange(
-                *arguments, self._row_of_id, True, planned.use, self._device_written
+            missing, rows = self.kernels.rows_of_missing(planned.plan, missing, self._row_of_id)
+            old_rows = self.kernels.exchange(
+                table, targets, num_fresh, missing, planned.plan, rows, planned.use, self._device_written
             )
-            self.kernels.swap_rows(self._store_records, old_rows, new_rows, self.records, targets)
+            self.kernels.swap_rows(self._store_records, old_rows, rows, self.records, targets)
         table.num_used += num_fresh
         self.moves += 1
         stats = self._stats
@@ -345,25 +341,23 @@ class DeviceCache(RowCache):
         stats.rows_fetched += num_missing
         stats.bytes_fetched += num_missing * self.layout.row_bytes
 
-    def _exchange_known(self, arguments: tuple, new_rows: torch.Tensor, use: int) -> None:
-        """Where the host has found the rows (int64[M], on the host) and has written back what must be."""
-        rows = None if self._row_of_id is None else new_rows.to(self.device)
-        self.kernels.exchange(*arguments, rows, False, use, torch.zeros_like(self._device_written))
-
-    def _move_through_buffers(self, arguments: tuple, use: int) -> None:
+    def _move_through_buffers(self, targets, num_fresh: int, missing, planned: Planned) -> None:
         """Where the device cannot reach the store: the store reads and writes, and the host waits.
 
         The rows are read, and the victims written, before a map changes: a store that raises changes nothing.
         """
-        _, targets, num_fresh, missing, plan = arguments
-        ids = plan.id_of_unique[missing].cpu().long().numpy()
-        rows = torch.from_numpy(np.ascontiguousarray(self.order.rows(ids)))
+        rows = self._host_rows(planned.plan.id_of_unique[missing].cpu().long().numpy())
         fetched = torch.empty(rows.numel(), self.layout.width, dtype=self.layout.dtype)
         self.store.read(rows, fetched, torch.arange(rows.numel()))
         leaving = targets[num_fresh:].long()
         self._write_back_slots(leaving[self.slots.dirty[leaving] > 0])
-        self._exchange_known(arguments, rows, use)
+        written = torch.zeros_like(self._device_written)
+        rows = rows.to(self.device)
+        self.kernels.exchange(self.slots, targets, num_fresh, missing, planned.plan, rows, planned.use, written)
         self.records[targets.long()] = fetched.to(self.device)
+
+    def _host_rows(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.order.rows(ids)))
 
     def _choose_victims(self, planned: Planned, slots: torch.Tensor, num_missing: int, count: int) -> torch.Tensor:
         """Slots of rows that nobody holds, int32[count].
@@ -469,7 +463,9 @@ class DeviceCache(RowCache):
         targets = torch.arange(wanted, dtype=torch.int32, device=self.device)
         nothing = targets.new_empty(0)
         plan = DevicePlan(nothing, nothing, nothing, nothing, ids, targets.clone(), nothing, nothing)
-        self._exchange_known((self.slots, targets, wanted, targets.long(), plan), rows, 0)
+        self.kernels.exchange(
+            self.slots, targets, wanted, targets.long(), plan, rows.to(self.device), 0, self._device_written
+        )
         for chunk in rows.split(max(1, CHUNK_BYTES // self.layout.row_bytes)):
             records = torch.empty(chunk.numel(), self.layout.width, dtype=self.layout.dtype)
             self.store.read(chunk, records, torch.arange(chunk.numel()))
@@ -494,7 +490,7 @@ class DeviceCache(RowCache):
         self.records[slots] = records[resident].to(self.device)
 
     def _rows_of_range(self, start: int, stop: int) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.order.rows(np.arange(start, stop, dtype=np.int64))))
+        return self._host_rows(np.arange(start, stop, dtype=np.int64))
 
     def _resident(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of ids start..stop-1: (which are resident, on the host; their slots), int64 both."""

@@ -361,6 +361,10 @@ class _CachedBags(nn.Module):
         """The distinct ids of a later forward's arguments, as a WantedIds to come; no arguments: none."""
         with plain_mode():
             batch = self._ahead_batch(*arguments) if arguments else self._no_batch()
+        if self._cache.on_device:  # which sorts them out itself
+            wanted: Future = Future()
+            wanted.set_result((batch.values, batch.offsets, self._padding_ids))
+            return wanted
         return executor.submit(
             self._cache.wanted_ids, batch.values, batch.offsets, self._padding_ids, self._ahead_kernels
         )
@@ -1022,8 +1026,13 @@ class _PoolFunction(torch.autograd.Function):
 def _device_of(device: Any) -> torch.device:
     """The device that a user names, with its number; the CPU for None."""
     device = torch.device("cpu" if device is None else device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise NotImplementedError(f"device={str(device)!r}: a cache lives on 'cpu' or on a GPU, 'cuda'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"device={str(device)!r}: torch finds no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -8,6 +8,7 @@ it was: rows, maps, marks, statistics and the policy's order. Planned features s
 lists the choices that exist.
 """
 
+import os
 import pickle
 import re
 import warnings
@@ -359,7 +360,7 @@ def test_bad_setting(name):
 
 
 def test_choices_that_are_listed_exist_and_planned_ones_are_not_listed_as_choices():
-    """Every quoted name after "choose" is accepted; "mmap:" and "cuda" are not offered."""
+    """Every quoted name after "choose" is accepted ("cuda" on a device); "mmap:" is not offered."""
     for field, bad in (("evict_strategy", "?"), ("store", "?"), ("kernels", "?"), ("optimizer", "?")):
         with pytest.raises(ValueError) as raised:
             FreqAwareEmbeddingBag(NUM_ROWS, DIM, **{field: bad})
@@ -367,7 +368,8 @@ def test_choices_that_are_listed_exist_and_planned_ones_are_not_listed_as_choice
         names = [name for pair in re.findall(r'"(\w+)"|\'(\w+)\'', offered) for name in pair if name]
         assert names, str(raised.value)
         for name in names:
-            FreqAwareEmbeddingBag(NUM_ROWS, DIM, **{field: name})
+            if name != "cuda":
+                FreqAwareEmbeddingBag(NUM_ROWS, DIM, **{field: name})
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (-1, 4), (4, 0), (4, -2), (2.5, 4), (4, "8")])
@@ -418,9 +420,19 @@ def test_damaged_frequency_file(tmp_path):
 
 PLANNED = {
     "a file on disk": ({"store": "mmap:/nowhere/table"}, "mmap:.*planned"),
-    "GPU kernels": ({"kernels": "cuda"}, "cuda.*planned"),
-    "a GPU": ({"device": "cuda"}, "cuda.*planned"),
 }
+
+
+def test_devices_that_are_none_here():
+    """No CUDA device, kernels for one on a CPU, a device that nobody trains on: said before anything is allocated."""
+    with pytest.raises(NotImplementedError, match="meta.*'cpu'"):
+        FreqAwareEmbeddingBag(10, 2, device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device='cuda'.*no CUDA device"):
+            FreqAwareEmbeddingBag(10, 2, device="cuda")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            with pytest.raises(RuntimeError, match="kernels='cuda' on cpu.*[Tt]riton"):
+                FreqAwareEmbeddingBag(10, 2, kernels="cuda")
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -436,6 +448,6 @@ def test_moves_and_casts_that_are_planned_or_impossible_leave_the_bag_alone():
     bag = warm_bag()
     assert_refused(bag, bag.double, TypeError, "torch.float64", "dtype=")
     assert_refused(bag, bag.half, TypeError, "torch.float16")
-    assert_refused(bag, lambda: bag.to("meta"), NotImplementedError, "meta", "planned")
+    assert_refused(bag, lambda: bag.to("meta"), NotImplementedError, "meta", "device=")
     assert_refused(bag, lambda: pickle.dumps(bag), TypeError, "state_dict")
     assert bag.to("cpu") is bag and bag.float() is bag

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1] / PACKAGE  # read, not imported: a circular imp
 # Every module (a folder counts as one) and its level: it may import what is strictly below.
 LEVELS = {
     "config": 0,
+    "device_slots": 0,
+    "host_memory": 0,
     "memory": 0,
     "metrics": 0,
     "id_files": 0,
@@ -34,6 +36,8 @@ LEVELS = {
     "transfers": 1,
     "ahead": 2,
     "cache": 2,
+    "device_ahead": 2,
+    "device_cache": 2,
     "placement": 2,
     "block": 2,
     "step_hooks": 2,
@@ -57,6 +61,8 @@ SAME_LEVEL = {
     ("row_order", "vectors"),  # looks rows up
     ("frequency", "id_files"),  # counts what the readers yield
     ("cache", "ahead"),  # asks it what is held for the batches to come
+    ("device_cache", "cache"),  # is one, on a device
+    ("device_cache", "device_ahead"),
     ("lookahead", "embedding"),  # tells its modules what comes
     ("placement", "cache"),  # which part of the tables a cache holds
     ("block", "placement"),

@@ -181,12 +181,22 @@ class DeviceTorchKernels(TorchKernels):
         order = torch.sort(worst, descending=True, stable=True).indices
         return candidates[order[:count]].int()
 
-    def exchange(self, slots: DeviceSlots, targets, num_fresh, missing, plan, rows_of, by_id, use, written):
+    def rows_of_missing(self, plan: DevicePlan, missing, row_of_id):
+        """(the plan's `missing` unique rows by ascending row, their rows), int64[M]; row_of_id may lie on the host.
+
+        Neighbours in the store come one after the other then: a device reaches them faster.
+        """
+        rows = plan.id_of_unique[missing].long()
+        if row_of_id is None:
+            return missing, rows
+        rows, order = torch.sort(row_of_id[rows.to(row_of_id.device)].to(rows.device).long())
+        return missing[order], rows
+
+    def exchange(self, slots: DeviceSlots, targets, num_fresh, missing, plan, new_rows, use, written):
         """Slots targets[M] change their rows to the plan's `missing` unique rows (int64[M]), whose slots they become.
 
-        Returns (rows to write back, -1 for none; new rows), int64[M]. The first `num_fresh` targets were free. rows_of:
-        the new rows, or with `by_id` the row of every id (it may lie on the host), or None where rows are ids.
-        `written` (int64[1]) goes up by the number of rows to write back.
+        Returns the rows to write back, int64[M], -1 for none. The first `num_fresh` targets were free. new_rows: the
+        missing ones' rows, int64[M]. `written` (int64[1]) goes up by the number of rows to write back.
         """
         places = targets.long()
         new_ids = plan.id_of_unique[missing].long()
@@ -194,9 +204,6 @@ class DeviceTorchKernels(TorchKernels):
         leaves = slots.dirty[places] > 0
         old_rows = torch.where(leaves, slots.row_of_slot[places].long(), -1)
         written += leaves.sum()
-        new_rows = new_ids
-        if rows_of is not None:
-            new_rows = (rows_of[new_ids.to(rows_of.device)] if by_id else rows_of).to(new_ids.device).long()
         slots.id_of_slot[places] = new_ids.to(slots.number)
         if not slots.rows_are_ids:
             slots.row_of_slot[places] = new_rows.to(slots.number)
@@ -205,7 +212,7 @@ class DeviceTorchKernels(TorchKernels):
         if slots.counts_uses:
             slots.uses[places] = 1
         slots.version += 1
-        return old_rows, new_rows
+        return old_rows
 
     def swap_rows(self, store: torch.Tensor, old_rows, new_rows, records: torch.Tensor, targets) -> None:
         """store[old_rows] = records[targets] where old_rows >= 0, then records[targets] = store[new_rows]."""

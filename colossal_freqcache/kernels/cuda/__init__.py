@@ -23,7 +23,8 @@ __all__ = ["CudaKernels"]
 BLOCK = 128  # integers of a program: one for each thread of four warps
 WINDOW_BLOCK = 512
 COUNT_BLOCK = 4096
-LINK_PROGRAMS = 256  # keep the link to the host busy, and leave the multiprocessors to what trains meanwhile
+# A few programs with many rows each keep the link to the host busy, and leave the multiprocessors to what trains.
+LINK_PROGRAMS, LINK_TILE_ELEMENTS, LINK_WARPS = 32, 4096, {} if IS_INTERPRETED else {"num_warps": 8}
 TILE_ELEMENTS = 1024  # of a tile of rows
 NO_NUMBERS = (0.0,) * 4
 RULE_NUMBERS = {
@@ -46,10 +47,10 @@ def _steps(count: int) -> int:
 
 
 @functools.cache
-def _tile(width: int) -> dict[str, int]:
+def _tile(width: int, elements: int = TILE_ELEMENTS) -> dict[str, int]:
     """Rows and padded width of a tile."""
     block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, TILE_ELEMENTS // block), "BLOCK": block}
+    return {"ROWS": max(1, elements // block), "BLOCK": block}
 
 
 class CudaKernels(DeviceTorchKernels):
@@ -220,9 +221,22 @@ class CudaKernels(DeviceTorchKernels):
         )
         return candidates[torch.sort(keys, descending=True, stable=True).indices[:count]]
 
-    def exchange(self, slots: DeviceSlots, targets, num_fresh, missing, plan, rows_of, by_id, use, written):
+    def rows_of_missing(self, plan: DevicePlan, missing, row_of_id):
+        rows = torch.empty(missing.numel(), dtype=torch.int64, device=missing.device)
+        launch(
+            index.take_rows,
+            _programs(missing.numel(), BLOCK),
+            (plan.id_of_unique, missing, rows if row_of_id is None else row_of_id, rows, missing.numel()),
+            {"ORDERED": row_of_id is not None, "BLOCK": BLOCK},
+        )
+        if row_of_id is None:
+            return missing, rows
+        rows, order = torch.sort(rows)
+        return missing[order], rows
+
+    def exchange(self, slots: DeviceSlots, targets, num_fresh, missing, plan, new_rows, use, written):
         count = targets.numel()
-        old_rows, new_rows = torch.empty(2, count, dtype=torch.int64, device=slots.device).unbind()
+        old_rows = torch.empty(count, dtype=torch.int64, device=slots.device)
         if count:
             new_ids = torch.empty(count, dtype=slots.number, device=slots.device)
             launch(
@@ -235,14 +249,13 @@ class CudaKernels(DeviceTorchKernels):
                     slots.last_use,
                     slots.uses,
                     slots.dirty,
-                    slots.id_of_slot if rows_of is None else rows_of,
+                    new_rows,
                     targets,
                     missing,
                     plan.id_of_unique,
                     plan.slot_of_unique,
                     new_ids,
                     old_rows,
-                    new_rows,
                     written,
                     use,
                     count,
@@ -251,8 +264,7 @@ class CudaKernels(DeviceTorchKernels):
                     slots.slot_bits,
                 ),
                 {
-                    "ORDERED": rows_of is not None,
-                    "BY_ID": by_id,
+                    "ORDERED": not slots.rows_are_ids,
                     "COUNT_USES": slots.counts_uses,
                     "BLOCK": BLOCK,
                 },
@@ -264,30 +276,32 @@ class CudaKernels(DeviceTorchKernels):
                 {"BLOCK": BLOCK},
             )
         slots.version += 1
-        return old_rows, new_rows
+        return old_rows
 
     # ---- records ------------------------------------------------------------------------------------------------
 
     def swap_rows(self, store: torch.Tensor, old_rows, new_rows, records: torch.Tensor, targets) -> None:
         count, width = targets.numel(), records.shape[1]
         if count:
-            tile = _tile(width)
+            tile = _tile(width, LINK_TILE_ELEMENTS)
             launch(
                 rows.swap_rows,
                 min(_programs(count, tile["ROWS"]), LINK_PROGRAMS),
                 (store, old_rows, new_rows, records, targets, count),
                 {"store_stride": store.stride(0), "stride": records.stride(0), "width": width, **tile},
+                **LINK_WARPS,
             )
 
     def copy_rows(self, source, source_rows, target, target_rows):
         count, width = source_rows.numel(), source.shape[1]
         if count:
-            tile = _tile(width)
+            tile = _tile(width, LINK_TILE_ELEMENTS)
             launch(
                 rows.copy_rows,
                 min(_programs(count, tile["ROWS"]), LINK_PROGRAMS),
                 (source, source_rows, target, target_rows, count),
                 {"source_stride": source.stride(0), "target_stride": target.stride(0), "width": width, **tile},
+                **LINK_WARPS,
             )
 
     def bags(self, records, dim, slot_of_unique, plan, offsets, weights, mode, num_tables):

@@ -28,6 +28,7 @@ __all__ = [
     "number_uniques",
     "probe_uniques",
     "take_candidates",
+    "take_rows",
 ]
 
 CELLS = 8
@@ -237,6 +238,17 @@ def list_missing(slot_of_unique, missing_up_to, missing, num_unique, BLOCK: tl.c
     tl.store(missing + place, u, mask=lacks)
 
 
+@triton.jit(do_not_specialize=["num_missing"])
+def take_rows(id_of_unique, missing, row_of_id, rows, num_missing, ORDERED: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[i] = row of the unique row missing[i]; `row_of_id` may lie on the host: it is read for missing rows only."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = i < num_missing
+    row = tl.load(id_of_unique + tl.load(missing + i, mask=real, other=0), mask=real, other=0).to(tl.int64)
+    if ORDERED:
+        row = tl.load(row_of_id + row, mask=real, other=0).to(tl.int64)
+    tl.store(rows + i, row, mask=real)
+
+
 @triton.jit(do_not_specialize=["num_used", "protected_from"])
 def count_protected(last_use, found, num_used, protected_from, BLOCK: tl.constexpr):
     """found[4] += slots that a batch from `protected_from` on has used."""
@@ -298,14 +310,13 @@ def exchange_slots(
     last_use,
     uses,
     dirty,
-    rows_of,
+    new_rows,
     targets,
     missing,
     id_of_unique,
     slot_of_unique,
     new_ids,
     old_rows,
-    new_rows,
     written,
     use,
     num_missing,
@@ -313,7 +324,6 @@ def exchange_slots(
     num_buckets,
     slot_bits,
     ORDERED: tl.constexpr,
-    BY_ID: tl.constexpr,
     COUNT_USES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -347,15 +357,9 @@ def exchange_slots(
     new_id = tl.load(id_of_unique + unique, mask=real, other=0).to(tl.int64)
     tl.store(slot_of_unique + unique, slot, mask=real)
     tl.store(new_ids + i, new_id.to(new_ids.dtype.element_ty), mask=real)
-    new_row = new_id
-    if ORDERED:
-        if BY_ID:
-            new_row = tl.load(rows_of + new_id, mask=real, other=0).to(tl.int64)  # on the host: missing rows only
-        else:
-            new_row = tl.load(rows_of + i, mask=real, other=0).to(tl.int64)
-    tl.store(new_rows + i, new_row, mask=real)
     tl.store(id_of_slot + slot, new_id.to(id_of_slot.dtype.element_ty), mask=real)
     if ORDERED:
+        new_row = tl.load(new_rows + i, mask=real, other=0)
         tl.store(row_of_slot + slot, new_row.to(row_of_slot.dtype.element_ty), mask=real)
     tl.store(last_use + slot, use + tl.zeros_like(slot), mask=real)
     tl.store(dirty + slot, tl.zeros_like(slot).to(tl.uint8), mask=real)
