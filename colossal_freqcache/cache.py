@@ -532,7 +532,7 @@ class RowCache:
 
     def clone(self) -> "RowCache":
         """A cache of its own over a copy of all records, warmed up, with fresh counters; the row order is shared."""
-        copy = object.__new__(RowCache)
+        copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy._reset_for_clone()
         copy.kernels = copy._make_kernels()

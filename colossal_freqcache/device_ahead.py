@@ -143,8 +143,8 @@ class DeviceAhead:
             stream.wait_event(batch.ready)
             for tensor in lookup.plan.tensors():
                 tensor.record_stream(stream)
-        hold = self._cache.hold(lookup.hold.use, lookup.slot_of_unique)
-        return type(lookup)(lookup.plan, hold, lookup.offsets, lookup.num_tables)
+        self._cache.hold(lookup.hold)
+        return lookup
 
     def has_counted(self, values: torch.Tensor) -> bool:
         """Whether the current batch is the one with these `values`, and its hits and misses were counted."""

@@ -8,7 +8,6 @@ five integers, in one read, which `wait_for_counts` does and counts.
 Shapes: N positions, U unique rows, M missing, C slots, W record width, T tables, B bags a table.
 """
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from .row_layout import RowLayout
 __all__ = ["BadOffsetsError", "DeviceCache", "DeviceLookup", "Hold"]
 
 # A victim is the worst of so many candidates: sampling by a sweep, as close to the policy's order as caches need.
-CHOICES = 4
+CHOICES = 8
 
 
 class BadOffsetsError(ValueError):
@@ -38,12 +37,15 @@ STRATEGIES = {EvictionStrategy.DATASET: "dataset", EvictionStrategy.LRU: "lru", 
 
 
 class Hold:
-    """Rows that must stay: those that batch number `use` has used, in `slots` (int32[U])."""
+    """Rows that must stay: those that batch number `use` has used, in `slots` (int32[U]).
 
-    __slots__ = ("slots", "use")
+    unique_before: unique rows of all batches before it.
+    """
 
-    def __init__(self, use: int, slots: torch.Tensor) -> None:
-        self.use, self.slots = use, slots
+    __slots__ = ("slots", "unique_before", "use")
+
+    def __init__(self, use: int, slots: torch.Tensor, unique_before: int) -> None:
+        self.use, self.slots, self.unique_before = use, slots, unique_before
 
     def numel(self) -> int:
         """U."""
@@ -89,6 +91,7 @@ class Planned:
         self.is_counted = cache.is_tight  # how many slots are protected
         if self.is_counted:
             cache.kernels.count_protected(cache.slots, cache.oldest_held, self.plan)
+        self.missing: torch.Tensor | None = None  # which unique rows were fetched, int64[M]; None: none
         self._counts: list[int] | None = None
         self._mailbox = None
         if self.plan.found.is_cuda:
@@ -143,6 +146,7 @@ class DeviceCache(RowCache):
         self._num_unique = self._last_unique = 0
         self._uncounted: list[Planned] = []  # planned, and not in `_num_unique`
         self._prefetched: Hold | None = None
+        self._prepaid: torch.Tensor | None = None  # slots of rows that the prefetch has fetched and counted
         self._pages: PinnedPages | None = None
         super().__init__(*arguments, **options)
 
@@ -213,24 +217,64 @@ class DeviceCache(RowCache):
         if ready is not None:
             return ready
         self.ahead.interrupt()
+        prepaid = None if self._prefetched is None else self._waiting_for_use(self._prepaid)
         planned = self.plan(values, offsets, padding_ids)
         self.wait_for_counts(planned)
-        lookup = self.admit(planned, counted and not self.ahead.has_counted(values))
-        self.end_prefetch()
+        lookup = self.admit(planned, counted=False)
+        if counted and not self.ahead.has_counted(values):
+            self._count(planned.plan, lookup.num_unique, prepaid)
+        if self._prefetched is not None and not len(self._waiting_for_use()):
+            self.end_prefetch()
         return lookup
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
         self.ahead.interrupt()
+        before, prepaid = self._prefetched, self._prepaid
+        still_prepaid = self._waiting_for_use(prepaid)
         planned = self.plan(values, offsets, padding_ids)
         self.wait_for_counts(planned)
-        before, self._prefetched = self._prefetched, None
-        if before is not None:
-            self.unpin(before)
         try:
-            self._prefetched = self.admit(planned, counted=True).hold
+            lookup = self.admit(planned, counted=False)
         except CacheTooSmallError:
-            self._prefetched = None if before is None else self.hold(before.use, before.slots)
-            raise
+            if before is None:
+                raise
+            self.let_go(before.use)  # the earlier prefetch is given up for this one, if that helps
+            planned = self.plan(values, offsets, padding_ids)
+            self.wait_for_counts(planned)
+            try:
+                lookup = self.admit(planned, counted=False)
+            except CacheTooSmallError:
+                self._prefetched = self.hold(before)
+                raise
+        else:
+            self.end_prefetch()
+        fetched = lookup.slot_of_unique[:0] if planned.missing is None else lookup.slot_of_unique[planned.missing]
+        self._prefetched = lookup.hold
+        # Prepaid: what this prefetch has fetched, and what the one before had, if it is wanted here, too.
+        wanted_again = still_prepaid[torch.isin(still_prepaid, lookup.slot_of_unique)]
+        self._prepaid = torch.cat([fetched, wanted_again])
+        counts = planned.plan.counts.clone()
+        counts[:, 0] = counts[:, 1]  # hits are the forward's
+        self._device_counts += counts
+
+    def _waiting_for_use(self, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """Of `slots` (default: all that the prefetch holds), those whose rows no forward has used since it. Waits."""
+        hold = self._prefetched
+        if hold is None:
+            return torch.empty(0, dtype=torch.int32, device=self.device)
+        slots = hold.slots if slots is None else slots
+        return slots[self.slots.last_use[slots.long()] == hold.use]
+
+    def _count(self, plan: DevicePlan, num_unique: int, prepaid: torch.Tensor | None) -> None:
+        """Adds a batch's counts; positions of rows whose miss a prefetch has counted (`prepaid` slots) are no hits."""
+        counts = plan.counts
+        if prepaid is not None and prepaid.numel():
+            paid = torch.isin(plan.slot_of_unique[:num_unique], prepaid)
+            lengths = plan.starts[1 : num_unique + 1] - plan.starts[:num_unique]
+            table = torch.searchsorted(self._device_starts, plan.id_of_unique[:num_unique].long(), right=True) - 1
+            counts = counts.clone()
+            counts[:, 0].index_add_(0, table[paid], -lengths[paid].long())
+        self._device_counts += counts
 
     def end_prefetch(self) -> None:
         if self._prefetched is not None:
@@ -294,13 +338,15 @@ class DeviceCache(RowCache):
         if counted:
             self._device_counts += plan.counts
         self._slots_of_use[planned.use] = slots
-        return DeviceLookup(plan, Hold(planned.use, slots), planned.offsets, self.table_rows.numel())
+        hold = Hold(planned.use, slots, self._unique_before[planned.use])
+        return DeviceLookup(plan, hold, planned.offsets, self.table_rows.numel())
 
-    def hold(self, use: int, slots: torch.Tensor) -> Hold:
-        """One more holder of batch `use`, whose rows are still resident."""
-        self._held[use] = self._held.get(use, 0) + 1
-        self._slots_of_use[use] = slots
-        return Hold(use, slots)
+    def hold(self, hold: Hold) -> Hold:
+        """One more holder of a batch whose rows are still resident; `hold` may have ended just now."""
+        self._held[hold.use] = self._held.get(hold.use, 0) + 1
+        self._slots_of_use[hold.use] = hold.slots
+        self._unique_before.setdefault(hold.use, hold.unique_before)
+        return hold
 
     def unpin(self, hold: Hold) -> None:
         """Ends a hold."""
@@ -314,7 +360,7 @@ class DeviceCache(RowCache):
             del self._held[use]
             self._slots_of_use.pop(use, None)
             oldest = min(self._held, default=self._last_use + 1)
-            for number in itertools.takewhile(lambda number: number < oldest, list(self._unique_before)):
+            for number in [number for number in self._unique_before if number < oldest]:
                 del self._unique_before[number]
 
     def _fetch(self, planned: Planned, slots: torch.Tensor, num_missing: int) -> None:
@@ -325,7 +371,7 @@ class DeviceCache(RowCache):
         if num_missing > num_fresh:
             victims = self._choose_victims(planned, slots, num_missing, num_missing - num_fresh)
             targets = torch.cat([targets, victims]) if num_fresh else victims
-        missing = self.kernels.missing(planned.plan, slots.numel(), num_missing)
+        planned.missing = missing = self.kernels.missing(planned.plan, slots.numel(), num_missing)
         if self._store_records is None:
             self._move_through_buffers(targets, num_fresh, missing, planned)
         else:
@@ -411,6 +457,7 @@ class DeviceCache(RowCache):
     @property
     def stats(self) -> CacheStats:
         """The counters; reading them waits for the device."""
+        self.ahead.interrupt()  # the side stream adds to them, too
         looked_up, missed, missing = self._device_counts[:, :3].to("cpu", copy=True).numpy().T
         written = int(self._device_written)
         self._device_counts.zero_()
@@ -485,9 +532,12 @@ class DeviceCache(RowCache):
     def write_ids(self, start: int, records: torch.Tensor) -> None:
         self._finish()
         stop = start + records.shape[0]
-        self.store.write(self._rows_of_range(start, stop), records, torch.arange(stop - start))
         resident, slots = self._resident(start, stop)
+        were_dirty = self.slots.dirty[slots]
+        self.slots.dirty[slots] = 1  # until the store has them: its write may raise
         self.records[slots] = records[resident].to(self.device)
+        self.store.write(self._rows_of_range(start, stop), records, torch.arange(stop - start))
+        self.slots.dirty[slots] = were_dirty
 
     def _rows_of_range(self, start: int, stop: int) -> torch.Tensor:
         return self._host_rows(np.arange(start, stop, dtype=np.int64))
@@ -502,8 +552,9 @@ class DeviceCache(RowCache):
 
     def _replace_block(self, layout: RowLayout) -> None:
         block = torch.zeros(self.ceiling, layout.width, dtype=layout.dtype, device=self.device)
-        for chunk in torch.arange(self.slots.num_used).split(max(1, CHUNK_BYTES // layout.row_bytes)):
-            places = slice(int(chunk[0]), int(chunk[-1]) + 1)
+        step = max(1, CHUNK_BYTES // layout.row_bytes)
+        for first in range(0, self.slots.num_used, step):
+            places = slice(first, min(first + step, self.slots.num_used))
             block[places] = converted(self.records[places], layout)
         self.records = block
         self._pin()  # the store is another one, too

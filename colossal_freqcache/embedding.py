@@ -4,8 +4,9 @@ Shapes: N ids in a batch (repeats), U unique rows, C slots, R rows, D embedding 
 Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weight` alone differs: it is the cache block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from copy import copy as shallow_copy
 from copy import deepcopy
 from numbers import Integral
@@ -32,6 +33,8 @@ __all__ = ["FreqAwareEmbeddingBag", "FreqAwareEmbeddingBagCollection"]
 
 MODES = ("sum", "mean", "max")
 
+MOST_SIZES = 8  # of 2-D inputs, whose offsets are kept
+
 
 class _Batch(NamedTuple):
     """A forward's input: values int64[N], offsets int64[T*B+1] with both ends, weights (N,) or None."""
@@ -46,7 +49,6 @@ class _CachedBags(nn.Module):
     """T tables of one width over one RowCache: what both public classes share. They differ in the shapes in and out."""
 
     _graph_input: torch.Tensor | None = None  # what autograd sees in the Parameter's place: hooks may stand between
-    _last_even_offsets: tuple = ((), None)
     _last_ends: tuple = ((), None)  # which offsets were given last, and their copy on the device
     _looks_ahead: object = None  # the iteration of a Lookahead that says what comes next
 
@@ -99,6 +101,7 @@ class _CachedBags(nn.Module):
         def layout_of(dim: int) -> RowLayout:
             return RowLayout(dim, dtype) if rule is None else rule.layout(dim, dtype, {})
 
+        self._even: dict[tuple[int, int], torch.Tensor] = {}
         install_step_hooks()
         with plain_mode():
             self._table_padding = list(padding_ids)
@@ -201,11 +204,8 @@ class _CachedBags(nn.Module):
 
         def prepare() -> Lookup:
             self._cached_weight.settle()
-            try:
+            with self._explained(batch):
                 return cache.prepare(batch.values, batch.offsets, self._padding_ids)
-            except BadOffsetsError:  # a device has looked at them
-                self._check_offsets(batch.offsets.cpu(), batch.values.numel(), batch.num_offsets)
-                raise
 
         lookup = self._placement.together(prepare, lambda lookup: cache.unpin(lookup.hold))
         if self.max_norm is not None:
@@ -223,6 +223,15 @@ class _CachedBags(nn.Module):
                 cache.unpin(lookup.hold)
                 raise
         return lookup
+
+    @contextmanager
+    def _explained(self, batch: _Batch) -> Iterator[None]:
+        """Where a device finds bad offsets, says what is wrong with them."""
+        try:
+            yield
+        except BadOffsetsError:
+            self._check_offsets(batch.offsets.cpu(), batch.values.numel(), batch.num_offsets)
+            raise
 
     def _renormalize(self, slots: torch.Tensor) -> None:
         changed = self._placement.renormalize(slots, self.max_norm, self.norm_type)
@@ -288,6 +297,8 @@ class _CachedBags(nn.Module):
                 ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
             ends = ends.contiguous()
             self._last_ends = (source[1:], values.numel()), ends
+        if ends.numel() == 1:  # no bag
+            self._check_offsets(ends.cpu(), values.numel(), num_offsets)
         ids = values.detach().to(device, torch.int64).reshape(-1).contiguous()
         ids._freqcache_source = source
         return _Batch(ids, ends, weights, num_offsets)
@@ -332,7 +343,8 @@ class _CachedBags(nn.Module):
     def _prefetch(self, batch: _Batch) -> None:
         def prefetch() -> None:
             self._cached_weight.settle()
-            self._cache.prefetch(batch.values, batch.offsets, self._padding_ids)
+            with self._explained(batch):
+                self._cache.prefetch(batch.values, batch.offsets, self._padding_ids)
 
         with self._cached_weight.lock, plain_mode():
             self._placement.together(prefetch)
@@ -724,11 +736,13 @@ class FreqAwareEmbeddingBag(_CachedBags):
 
     def _even_offsets(self, num_bags: int, size: int) -> torch.Tensor:
         """Where bags of one size start and end, int64[B+1]; the same tensor again for the same sizes."""
-        sizes, offsets = self._last_even_offsets
-        if sizes != (num_bags, size):
+        offsets = self._even.get((num_bags, size))
+        if offsets is None:
             with torch.inference_mode(False):
                 offsets = torch.arange(num_bags + 1, device=self._cache.device) * size
-            self._last_even_offsets = (num_bags, size), offsets
+            if len(self._even) == MOST_SIZES:
+                del self._even[next(iter(self._even))]
+            self._even[num_bags, size] = offsets
         return offsets
 
     def _table_key(self, table: int) -> str:

@@ -9,6 +9,8 @@ import warnings
 
 import torch
 
+from .memory import whole_pages_of
+
 __all__ = ["PinnedPages"]
 
 PORTABLE_AND_MAPPED = 1 | 2
@@ -16,6 +18,8 @@ PORTABLE_AND_MAPPED = 1 | 2
 
 class PinnedPages:
     """Registers the memory of contiguous host tensors with CUDA; lets go of it when it is closed or collected.
+
+    Each tensor has pages of its own (`memory.aligned_empty(whole_pages=True)`): a page is registered once only.
 
     Attributes:
         is_pinned: whether all of it could be registered; if not, a warning was given and none of it is.
@@ -32,7 +36,9 @@ class PinnedPages:
             if not tensor.numel():
                 continue
             with torch.cuda.device(device):
-                error = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE_AND_MAPPED))
+                error = int(
+                    runtime.cudaHostRegister(tensor.data_ptr(), whole_pages_of(tensor.nbytes), PORTABLE_AND_MAPPED)
+                )
             if error:
                 self.close()
                 self.is_pinned = False

@@ -5,24 +5,38 @@ Knows nothing of rows, slots or torch. Measured: docs/measured_facts.md.
 """
 
 import math
+import mmap
 import sys
 import threading
 
 import numpy as np
 
-__all__ = ["RecycledArrays", "aligned_empty"]
+__all__ = ["RecycledArrays", "aligned_empty", "whole_pages_of"]
 
 CACHE_LINE = 64
+PAGE = mmap.PAGESIZE
 SMALLEST = 1 << 16  # bytes: malloc hands smaller arrays out again by itself
 MOST_KEPT = 8
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type, whole_pages: bool = False) -> np.ndarray:
     """An uninitialised array that starts on a cache line, so that a row touches as few lines as it can.
 
     numpy asks for huge pages by itself (torch.empty does not), but starts 16 bytes past one.
+
+    whole_pages: it starts on a page, and shares none with anything else, so that its pages can be pinned for a device.
     """
-    return _shaped(_raw(_num_bytes(shape, dtype)), shape, dtype)
+    if not whole_pages:
+        return _shaped(_raw(_num_bytes(shape, dtype)), shape, dtype)
+    num_bytes = whole_pages_of(_num_bytes(shape, dtype))
+    raw = np.empty(num_bytes + PAGE, np.uint8)
+    start = -raw.ctypes.data % PAGE
+    return raw[start : start + _num_bytes(shape, dtype)].view(dtype).reshape(shape)
+
+
+def whole_pages_of(num_bytes: int) -> int:
+    """`num_bytes`, rounded up to whole pages."""
+    return -(-num_bytes // PAGE) * PAGE
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: np.dtype | type) -> int:

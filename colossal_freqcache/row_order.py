@@ -7,6 +7,7 @@ stay with their ids. Shapes: R rows. Source: the static frequency order of Fang 
 import numpy as np
 from numba import njit
 
+from .memory import aligned_empty
 from .vectors import prefetch
 
 __all__ = ["RowOrder"]
@@ -41,7 +42,7 @@ class RowOrder:
         self.id_of_row = id_of_row
         self.row_of_id = None
         if id_of_row is not None:
-            self.row_of_id = np.empty_like(id_of_row)
+            self.row_of_id = aligned_empty(id_of_row.shape, id_of_row.dtype, whole_pages=True)  # a device may read it
             self.row_of_id[id_of_row] = np.arange(num_rows, dtype=id_of_row.dtype)
 
     @classmethod

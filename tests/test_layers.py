@@ -59,6 +59,8 @@ LEVELS = {
 # Steps within one level: the importer builds on the imported one, and never the other way round.
 SAME_LEVEL = {
     ("row_order", "vectors"),  # looks rows up
+    ("row_order", "memory"),  # in pages of its own
+    ("host_memory", "memory"),
     ("frequency", "id_files"),  # counts what the readers yield
     ("cache", "ahead"),  # asks it what is held for the batches to come
     ("device_cache", "cache"),  # is one, on a device

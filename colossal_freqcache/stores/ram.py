@@ -19,7 +19,7 @@ class RamStore:
     def allocate(self, num_rows: int, layout: RowLayout) -> None:
         # In huge pages: a table is read at random, so each row would else cost a TLB miss.
         dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-        self._records = torch.from_numpy(aligned_empty((num_rows, layout.width), dtype))
+        self._records = torch.from_numpy(aligned_empty((num_rows, layout.width), dtype, whole_pages=True))
 
     def read(self, rows: torch.Tensor, records: torch.Tensor, places: torch.Tensor) -> None:
         self._kernels.copy_rows(self._records, rows, records, places)

@@ -24,7 +24,7 @@ BLOCK = 128  # integers of a program: one for each thread of four warps
 WINDOW_BLOCK = 512
 COUNT_BLOCK = 4096
 # A few programs with many rows each keep the link to the host busy, and leave the multiprocessors to what trains.
-LINK_PROGRAMS, LINK_TILE_ELEMENTS, LINK_WARPS = 32, 4096, {} if IS_INTERPRETED else {"num_warps": 8}
+LINK_PROGRAMS, LINK_TILE_ELEMENTS, LINK_WARPS = 16, 8192, {} if IS_INTERPRETED else {"num_warps": 8}
 TILE_ELEMENTS = 1024  # of a tile of rows
 NO_NUMBERS = (0.0,) * 4
 RULE_NUMBERS = {
@@ -372,6 +372,7 @@ class CudaKernels(DeviceTorchKernels):
         if not num_unique:
             return
         grad = grad.contiguous()
+        by_frequency = by_frequency and mode != "max"  # (of a maximum, torch refuses it)
         _, num_tables, dim = grad.shape
         size = plan.order.numel()
         most_rows, most_chunks = _most_long(size)

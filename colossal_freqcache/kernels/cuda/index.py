@@ -132,6 +132,10 @@ def number_ids(
     start = tl.load(offsets + p, mask=inner, other=0)
     end = tl.load(offsets + p + 1, mask=inner, other=0)
     wrong = inner & ((end < start) | ((p == 0) & (start != 0)) | ((p == num_bags - 1) & (end != num_positions)))
+    bags = num_bags + tl.zeros_like(p)
+    no_bag = (p == 0) & (bags == 0)
+    wrong = wrong | (no_bag & (tl.load(offsets + p, mask=no_bag, other=0) != 0))
+    wrong = wrong | (no_bag & (num_positions + tl.zeros_like(p) != 0))
     if tl.max(wrong.to(tl.int32), 0) > 0:
         tl.atomic_max(found + 3, 1)
 
