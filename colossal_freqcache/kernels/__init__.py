@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..rounding import HALVES, Rounding
+
 __all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "WantedIds", "make_kernels"]
 
 KERNEL_SETS = ("cpu", "torch")
@@ -100,13 +102,37 @@ class Kernels(Protocol):
         """m += (1-b1)(g-m); v += (1-b2)(g*g-v); w -= step_size * m / (sqrt(v) + eps)"""
 
 
-def make_kernels(name: str) -> Kernels:
-    """The kernel set called `name`: "cpu" (numba), "torch" (plain twin), "auto" (cpu).
+    # ---- for rows of 16 bits (`halves`) -------------------------------------------------------------------------
+
+    def widen(self, values) -> torch.Tensor:
+        """`values` (bfloat16 or float16, any shape) in float32."""
+
+    def narrow(self, values, dtype) -> torch.Tensor:
+        """`values` (float32, any shape) as `dtype`, rounded to the nearest."""
+
+    def widen_rows(self, records, width, slots) -> torch.Tensor:
+        """records[slots, :width] in float32."""
+
+    def narrow_rows(self, rows, records, slots, rounding: Rounding | None) -> None:
+        """records[slots, :width of rows] = rows (float32), rounded stochastically; to the nearest without `rounding`."""
+
+
+def make_kernels(name: str, dtype: torch.dtype = torch.float32) -> Kernels:
+    """The kernel set called `name`, for rows of `dtype`: "cpu" (numba), "torch" (plain twin), "auto" (cpu).
 
     Raises:
         ValueError: unknown name; lists the sets that exist.
         NotImplementedError: "cuda", which is planned.
     """
+    kernels = _make_kernels(name)
+    if dtype in HALVES:
+        from .halves import HalfKernels
+
+        return HalfKernels(kernels)
+    return kernels
+
+
+def _make_kernels(name: str) -> Kernels:
     if name in ("auto", "cpu"):
         from .cpu import CpuKernels
 

@@ -12,7 +12,7 @@ import torch
 
 from ..memory import RecycledArrays
 from ..vectors import row_width
-from . import BatchPlan, WantedIds, cpu_lookup, cpu_rows
+from . import BatchPlan, WantedIds, cpu_halves, cpu_lookup, cpu_rows
 from .parts import in_parts, num_parts
 
 __all__ = ["CpuKernels"]
@@ -21,7 +21,9 @@ GRAIN = 1 << 17  # elements of rows that are worth a thread of their own: about 
 PLAN_GRAIN = 1 << 15  # positions
 _NO_WEIGHTS = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 _NO_POSITIONS = np.empty(0, np.int64)
-_REAL = {torch.float32: np.float32, torch.float64: np.float64}
+_REAL = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16}  # int16: the bits of halves
+_WIDEN_ROWS = {torch.bfloat16: cpu_halves.widen_rows_bfloat16, torch.float16: cpu_halves.widen_rows_float16}
+_ROUND_ROWS = {torch.bfloat16: cpu_halves.round_rows_bfloat16, torch.float16: cpu_halves.round_rows_float16}
 
 
 class CpuKernels:
@@ -278,6 +280,25 @@ class CpuKernels:
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size):
         _update(cpu_rows.update_adam, records, dim, slots, grads, 1 - beta1, 1 - beta2, eps, step_size)
 
+    def widen(self, values):
+        return torch.from_numpy(self._arrays.take(tuple(values.shape), np.float32)).copy_(values)
+
+    def narrow(self, values, dtype):
+        return torch.from_numpy(self._arrays.take(tuple(values.shape), np.int16)).view(dtype).copy_(values)
+
+    def widen_rows(self, records, width, slots):
+        rows = self._arrays.take((slots.numel(), width), np.float32)
+        _in_parts(_WIDEN_ROWS[records.dtype], slots.numel(), width, _bits(records), slots.numpy(), rows)
+        return torch.from_numpy(rows)
+
+    def narrow_rows(self, rows, records, slots, rounding):
+        if rounding is None:
+            records[slots.long(), : rows.shape[1]] = rows.to(records.dtype)
+            return
+        hashed = np.int64(rounding.stream), rounding.ids.numpy(), rounding.columns.numpy().astype(np.uint32)
+        arguments = (rows.numpy(), _bits(records), slots.numpy(), *hashed)
+        _in_parts(_ROUND_ROWS[records.dtype], slots.numel(), rows.shape[1], *arguments)
+
 
 def _equal_parts(starts, parts):
     """Numbers of the tables that begin each part, and how many there are, for parts of about equally many positions."""
@@ -291,6 +312,11 @@ def _in_parts(function, size, elements_each, *arguments):
     in_parts(
         lambda first, last: function(*arguments, first, last), size, num_parts(size * max(1, elements_each), GRAIN)
     )
+
+
+def _bits(records):
+    """uint16 array of the bits of 16-bit records."""
+    return records.view(torch.int16).numpy().view(np.uint16)
 
 
 def _row(num_elements, dtype):
