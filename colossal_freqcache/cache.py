@@ -16,7 +16,6 @@ from .ahead import Ahead
 from .config import FreqCacheConfig
 from .eviction import EvictionStrategy, PolicyIndex, make_policy
 from .kernels import BatchPlan, WantedIds, make_kernels
-from .memory import aligned_empty
 from .metrics import CacheStats
 from .row_layout import RowLayout
 from .row_order import RowOrder
@@ -80,7 +79,7 @@ class RowCache:
         if strategy is None:
             strategy = EvictionStrategy.S3FIFO if counts is None else EvictionStrategy.DATASET
         self.strategy = EvictionStrategy.parse(strategy)
-        self.kernels = make_kernels(config.kernels)
+        self.kernels = make_kernels(config.kernels, layout.dtype)
         self.stats = CacheStats(len(table_sizes))
         self.order = RowOrder.from_counts(counts, self.num_rows)
         self._count_runs = None  # distinct counts, descending, and how many rows have each: all that is kept of them
@@ -102,7 +101,7 @@ class RowCache:
     def _start_empty(self, num_slots: int, ceiling: int) -> None:
         """Fresh maps and an untouched block: nothing is resident."""
         self.slots = SlotTable(num_slots, self.num_rows, self.order.id_of_row is None)
-        self.records = _untouched(ceiling, self.layout)
+        self.records = self.layout.empty(ceiling)  # pages are faulted in when a slot is first filled
         self._prefetched = np.empty(0, np.int32)
         self.moves += 1
         self.renew_policy()
@@ -472,7 +471,7 @@ class RowCache:
             self.warm_up()
             self.ahead.store_changed()
             return
-        block = _untouched(self.ceiling, layout)
+        block = layout.empty(self.ceiling)
         used = (self.slots.id_of_slot >= 0).nonzero()[:, 0]
         for chunk in used.split(max(1, CHUNK_BYTES // layout.row_bytes)):
             block[chunk] = _converted(self.records[chunk], layout)
@@ -490,7 +489,7 @@ class RowCache:
         """A cache of its own over a copy of all records, warmed up, with fresh counters; the row order is shared."""
         copy = object.__new__(RowCache)
         copy.__dict__.update(self.__dict__)
-        copy.kernels = make_kernels(self.config.kernels)
+        copy.kernels = make_kernels(self.config.kernels, self.layout.dtype)
         copy.stats = CacheStats(self.table_rows.numel())
         copy.ahead = Ahead(copy)
         copy.store = self.store.spawn()
@@ -532,12 +531,6 @@ class RowCache:
         stored = torch.empty(slots.numel(), self.layout.width, dtype=self.layout.dtype)
         self.store.read(self.slots.row_of_slot[slots].long(), stored, torch.arange(slots.numel()))
         assert torch.equal(stored, self.records[slots]), "I3: a clean slot differs from the store"
-
-
-def _untouched(num_slots: int, layout: RowLayout) -> torch.Tensor:
-    """(num_slots, W) of address space: pages are faulted in when a slot is first filled."""
-    dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-    return torch.from_numpy(aligned_empty((num_slots, layout.width), dtype))
 
 
 def _converted(records: torch.Tensor, layout: RowLayout) -> torch.Tensor:

@@ -4,9 +4,9 @@ Rows of 16 bits lose updates of less than half a unit in their last place if the
 steps add up to nothing. Rounded up or down by chance, in proportion to the distance, a sum of many steps comes out
 right on average.
 
-The bits are a hash of (seed, number of the step, id, column): of the logical table, of the logical record. Not of slots,
-positions in a batch, threads or ranks, and there is no state to keep. So a cached table is rounded as a resident one,
-and a run that was saved and loaded goes on as one that was not.
+The bits are a hash of (seed, number of the step, id, column), with ids of the logical table and columns of the logical
+record: not of slots, positions in a batch, threads or ranks, and there is no state to keep. So a cached table is
+rounded as a resident one, and a run that was saved and loaded goes on as one that was not.
 
     stream           mix64(mix64(seed) + step)                      one a step
     row              mix64(stream + id * 0x9E3779B97F4A7C15)        one a row: its low and high 32 bits are a and b

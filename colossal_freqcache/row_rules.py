@@ -20,7 +20,7 @@ class RowRule:
 
     Attributes:
         name: as in `optimizer=`.
-        counts_steps: it keeps a step count per parameter.
+        counts_steps: it keeps a step count per parameter, whatever the dtype of the rows.
         row_columns: state columns that hold one value for the whole row, not one per element.
     """
 

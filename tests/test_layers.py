@@ -25,6 +25,7 @@ LEVELS = {
     "frequency": 0,
     "row_order": 0,
     "row_layout": 0,
+    "rounding": 0,
     "vectors": 0,
     "row_rules": 1,
     "slots": 1,
@@ -55,6 +56,7 @@ LEVELS = {
 # Steps within one level: the importer builds on the imported one, and never the other way round.
 SAME_LEVEL = {
     ("row_order", "vectors"),  # looks rows up
+    ("row_layout", "memory"),  # where records lie
     ("frequency", "id_files"),  # counts what the readers yield
     ("cache", "ahead"),  # asks it what is held for the batches to come
     ("lookahead", "embedding"),  # tells its modules what comes

@@ -101,7 +101,6 @@ class Kernels(Protocol):
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size) -> None:
         """m += (1-b1)(g-m); v += (1-b2)(g*g-v); w -= step_size * m / (sqrt(v) + eps)"""
 
-
     # ---- for rows of 16 bits (`halves`) -------------------------------------------------------------------------
 
     def widen(self, values) -> torch.Tensor:
@@ -114,7 +113,7 @@ class Kernels(Protocol):
         """records[slots, :width] in float32."""
 
     def narrow_rows(self, rows, records, slots, rounding: Rounding | None) -> None:
-        """records[slots, :width of rows] = rows (float32), rounded stochastically; to the nearest without `rounding`."""
+        """records[slots, :width of rows] = rows (float32), rounded by `rounding`, or to the nearest without it."""
 
 
 def make_kernels(name: str, dtype: torch.dtype = torch.float32) -> Kernels:

@@ -67,7 +67,7 @@ def _random_bits(low, high, column):
 
 @njit(cache=True, nogil=True)
 def round_rows_bfloat16(rows, records, slots, stream, ids, columns, first, last):
-    """records[slots[i], d] = rows[i, d], rounded by the bits of (stream, ids[i], columns[d]), for i in first..last-1."""
+    """records[slots[i], d] = rows[i, d] for i in first..last-1, rounded by the bits of (stream, ids[i], columns[d])."""
     width, taken = records.shape[1], rows.shape[1]
     for i in range(first, last):
         if i + AHEAD < last:
