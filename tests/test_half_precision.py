@@ -274,25 +274,26 @@ def test_several_backwards_before_a_step_in_bfloat16():
 
 @every_half
 @every_optimizer
-def test_threads_do_not_change_bits(name, dtype):
-    """1 and 2 threads, rows enough for both, and more than one piece of an update."""
+def test_threads_and_pieces_do_not_change_bits(name, dtype):
+    """1 and 2 threads, rows enough for both; nor do the pieces of a large update, in whatever slots their rows are."""
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2):
+        for threads, num_slots in ((1, 9000), (2, 9000), (1, 9500)):
             torch.set_num_threads(threads)
-            bag = make_bag(9000, num_rows=9500, dim=48, dtype=dtype)
+            bag = make_bag(num_slots, num_rows=9500, dim=48, dtype=dtype)
             optimizer = getattr(optim, name)(bag.parameters(), lr=0.1)
             for step in range(3):
                 ids = torch.randperm(9500, generator=torch.Generator().manual_seed(step))[:9000].reshape(1000, 9)
                 bag(ids).float().square().sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            assert bag.stats.evictions > 0
+            assert (bag.stats.evictions > 0) == (num_slots < 9500)
             results.append(everything(bag, optimizer))
     finally:
         torch.set_num_threads(before)
-    assert_same_bits(*results)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
 
 
 @every_half
@@ -478,6 +479,11 @@ def check_ranks(rank, world_size, dtype):
     out = bag(ids[rank][:4], per_sample_weights=weights)  # shares
     out.float().sum().backward()
     table = bag.logical_weight().float()
+    torch.manual_seed(0)
+    alone = FreqAwareEmbeddingBag(NUM_ROWS, DIM, mode="sum", dtype=dtype, num_slots=FEW_SLOTS, max_norm=2.0)
+    for share in (ids[0], ids[1]):
+        alone(share[:4])
+    assert torch.equal(alone.logical_weight().float(), table)
     assert (table[ids[0][:4]].norm(dim=2) <= 2.0 * (1 + torch.finfo(dtype).eps)).all()
     torch.testing.assert_close(out.float(), table[ids[rank][:4]].sum(1), rtol=torch.finfo(dtype).eps, atol=1e-3)
     expected = table[ids[rank][:4]].sum(2)
