@@ -18,11 +18,13 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from test_equivalence import NAMES, RowWiseAdagradByDefinition
+from test_kernels import RULES, block, update
 from torch import nn
 from worlds import DIM, FEW_SLOTS, NUM_ROWS, assert_same_bits, counts, everything, loss_of, make_bag, skewed_ids
 
 from colossal_freqcache import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection, Lookahead, checkpoint, optim
 from colossal_freqcache.kernels import make_kernels
+from colossal_freqcache.kernels.halves import HalfKernels
 from colossal_freqcache.parallel import ShardedFreqAwareEmbeddingBag, ShardedFreqAwareEmbeddingBagCollection
 from colossal_freqcache.rounding import HALVES, Rounding, random_bits, round_stochastically, stream_of
 
@@ -166,6 +168,34 @@ def test_outputs_and_gradients_are_float32_sums_rounded_once(kernels, dtype, mod
         assert out.dtype == bag.weight.dtype == bag.weight.grad.dtype == bag.state_dict()["weight"].dtype == kind
         results.append([out.detach(), bag.weight.grad.to_dense()] + ([weights.grad] if weighted else []))
     assert_same_bits(results[0], [tensor.to(dtype) for tensor in results[1]])
+
+
+@every_half
+@pytest.mark.parametrize("rule", RULES)
+def test_one_pass_gives_the_bits_of_widening_first(dtype, rule):
+    """The numba set's own functions for 16 bits, against its float32 functions on widened rows."""
+    dim, num_rows = 37, 300
+    records, grads = block(rule, dim, torch.float32, num_rows)
+    slots = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:250].int()
+    how = Rounding(stream_of(1, 2), torch.arange(250) * 2**33, torch.arange(records.shape[1]))
+    blocks = []
+    for kernels in (make_kernels("cpu", dtype), HalfKernels(make_kernels("cpu"))):
+        blocks.append(records.to(dtype))
+        update(kernels.with_rounding(how), rule, blocks[-1], dim, slots, grads[:250].to(dtype))
+    assert torch.equal(blocks[0], blocks[1]) and not torch.equal(blocks[0], records.to(dtype))
+
+
+@every_half
+def test_one_hot_gradients_are_those_of_the_general_form(dtype):
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(50, 3, 9, generator=generator).to(dtype)
+    unique = torch.cat([torch.randint(0, 5, (50,), generator=generator) + 5 * table for table in range(3)]).int()
+    unique[7] = -1
+    arguments = (grad, unique, torch.arange(151), None, False, False, torch.randperm(15, generator=generator).int(), 15)
+    ours = make_kernels("cpu", dtype).pool_backward(*arguments)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, HalfKernels(make_kernels("cpu")).pool_backward(*arguments))
+    assert torch.equal(ours, make_kernels("torch", dtype).pool_backward(*arguments))
 
 
 @every_half

@@ -124,11 +124,15 @@ def make_kernels(name: str, dtype: torch.dtype = torch.float32) -> Kernels:
         NotImplementedError: "cuda", which is planned.
     """
     kernels = _make_kernels(name)
-    if dtype in HALVES:
-        from .halves import HalfKernels
+    if dtype not in HALVES:
+        return kernels
+    if kernels.name == "cpu":
+        from .cpu import CpuHalfKernels
 
-        return HalfKernels(kernels)
-    return kernels
+        return CpuHalfKernels(kernels)
+    from .halves import HalfKernels
+
+    return HalfKernels(kernels)
 
 
 def _make_kernels(name: str) -> Kernels:

@@ -34,7 +34,7 @@ class HalfKernels:
 
     def with_rounding(self, rounding: Rounding) -> "HalfKernels":
         """The set whose next update rounds by `rounding`: that of the rows in the order in which it gets them."""
-        return HalfKernels(self._inner, rounding)
+        return type(self)(self._inner, rounding)
 
     def copy_rows(self, source, source_rows, target, target_rows):
         self._inner.copy_rows(_bits(source), source_rows, _bits(target), target_rows)
