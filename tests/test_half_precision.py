@@ -92,12 +92,12 @@ def test_both_kernel_sets_round_to_the_same_bits(dtype):
     how = Rounding(stream_of(5, 3), torch.randint(0, 2**40, (num_rows,), generator=generator), torch.arange(90, 127))
     slots = torch.randperm(1000, generator=generator)[:num_rows].int()
     blocks = [torch.zeros(1000, 40, dtype=dtype) for _ in range(2)]
-    for name, block in zip(("cpu", "torch"), blocks, strict=True):
-        make_kernels(name).narrow_rows(values, block, slots, how)
-    assert torch.equal(*(block.view(torch.int16) for block in blocks))
+    for name, half_rows in zip(("cpu", "torch"), blocks, strict=True):
+        make_kernels(name).narrow_rows(values, half_rows, slots, how)
+    assert torch.equal(*(half_rows.view(torch.int16) for half_rows in blocks))
     order = torch.randperm(num_rows, generator=generator)
     make_kernels("cpu").narrow_rows(values[order], blocks[1], slots[order], how._replace(ids=how.ids[order]))
-    assert torch.equal(*(block.view(torch.int16) for block in blocks))
+    assert torch.equal(*(half_rows.view(torch.int16) for half_rows in blocks))
     widened = [make_kernels(name).widen_rows(blocks[0], 40, slots) for name in ("cpu", "torch")]
     assert torch.equal(*(rows.view(torch.int32) for rows in widened)) or torch.equal(
         *(rows.nan_to_num(7.0) for rows in widened)
