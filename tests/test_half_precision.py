@@ -23,6 +23,7 @@ from torch import nn
 from worlds import DIM, FEW_SLOTS, NUM_ROWS, assert_same_bits, counts, everything, loss_of, make_bag, skewed_ids
 
 from colossal_freqcache import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection, Lookahead, checkpoint, optim
+from colossal_freqcache.compat import CachedEmbeddingBag
 from colossal_freqcache.kernels import make_kernels
 from colossal_freqcache.kernels.halves import HalfKernels
 from colossal_freqcache.parallel import ShardedFreqAwareEmbeddingBag, ShardedFreqAwareEmbeddingBagCollection
@@ -428,6 +429,22 @@ def test_a_checkpoint_of_another_dtype_is_rounded_to_the_nearest(tmp_path):
     checkpoint.save(tmp_path / "bfloat16", half)
     checkpoint.load_latest(tmp_path / "bfloat16", again)
     assert torch.equal(again.logical_weight(), half.logical_weight().float())
+
+
+@every_half
+def test_the_older_names_take_the_dtype(dtype):
+    """`compat`: the host table has it, and trains to the bits of our bag."""
+    torch.manual_seed(0)
+    old = CachedEmbeddingBag(NUM_ROWS, DIM, mode="sum", dtype=dtype, cache_ratio=0.2, ids_freq_mapping=counts())
+    bag = half_bag(dtype, 40)
+    bag.load_state_dict({"weight": old.state_dict()["weight"]})
+    results = []
+    for module in (old, bag):
+        optimizer = optim.SGD(module.parameters(), lr=0.05)
+        results.append(train(module, optimizer, 10))
+    table = old.state_dict()["weight"]
+    assert table.dtype == dtype
+    assert_same_bits([*results[0], table], [*results[1], bag.logical_weight()])
 
 
 def test_clipping_takes_the_norm_in_float32():
