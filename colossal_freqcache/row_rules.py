@@ -48,7 +48,8 @@ class RowRule:
     ) -> None:
         """Applies step number `step` (from 1) to `slots` (int32[U], unique) with `grads` (U, D).
 
-        `placement` sums over whole rows where a record holds only some of their columns.
+        `kernels` round what they write, where they have to. `placement` sums over whole rows where a record holds only
+        some of their columns.
         """
         raise NotImplementedError
 
