@@ -28,6 +28,7 @@ from colossal_freqcache.kernels import make_kernels
 from colossal_freqcache.kernels.halves import HalfKernels
 from colossal_freqcache.parallel import ShardedFreqAwareEmbeddingBag, ShardedFreqAwareEmbeddingBagCollection
 from colossal_freqcache.rounding import HALVES, Rounding, random_bits, round_stochastically, stream_of
+from colossal_freqcache.stores import RamStore
 
 STEPS = 40
 
@@ -394,6 +395,13 @@ def test_a_deep_copy_goes_on_alike(dtype):
     of_copy.load_state_dict(optimizer.state_dict())
     results = [train(*pair, 10, 10) + everything(*pair) for pair in ((bag, optimizer), (other, of_copy))]
     assert_same_bits(*results)
+
+
+@every_half
+def test_a_store_of_the_users_holds_any_dtype(dtype, kernels):
+    """It moves rows by a kernel set that was made without a dtype."""
+    expected = run("Adam", dtype, kernels=kernels)
+    assert_same_bits(run("Adam", dtype, kernels=kernels, store=RamStore(make_kernels(kernels))), expected)
 
 
 @every_half

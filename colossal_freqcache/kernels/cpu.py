@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..memory import RecycledArrays
+from ..rounding import HALVES
 from ..vectors import row_width
 from . import BatchPlan, WantedIds, cpu_halves, cpu_lookup, cpu_rows
 from .halves import HalfKernels
@@ -150,6 +151,8 @@ class CpuKernels:
         return torch.from_numpy(slots), torch.from_numpy(places)
 
     def copy_rows(self, source, source_rows, target, target_rows):
+        if source.dtype in HALVES:
+            source, target = source.view(torch.int16), target.view(torch.int16)
         arrays = source.numpy(), source_rows.numpy(), target.numpy(), target_rows.numpy()
         row = _row(source.shape[1], source.dtype)
         _in_parts(cpu_rows.copy_rows, source_rows.numel(), source.shape[1], *arrays, row)

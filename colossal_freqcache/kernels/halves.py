@@ -28,16 +28,13 @@ class HalfKernels:
         self._inner = inner
         self._rounding = rounding
         self.name = inner.name
-        # They see no elements of rows.
-        for name in ("workspace_bytes", "copy_offsets", "plan", "distinct_ids", "add_pins", "order_slots"):
+        # They see no elements of rows, or move them as they are.
+        for name in ("workspace_bytes", "copy_offsets", "plan", "distinct_ids", "add_pins", "order_slots", "copy_rows"):
             setattr(self, name, getattr(inner, name))
 
     def with_rounding(self, rounding: Rounding) -> "HalfKernels":
         """The set whose next update rounds by `rounding`: that of the rows in the order in which it gets them."""
         return type(self)(self._inner, rounding)
-
-    def copy_rows(self, source, source_rows, target, target_rows):
-        self._inner.copy_rows(_bits(source), source_rows, _bits(target), target_rows)
 
     def pool(self, records, dim, slot_of_unique, unique_of_position, offsets, weights, mean, num_tables):
         if weights is None and _has_one_position_a_bag(offsets, unique_of_position.numel()):
