@@ -21,6 +21,7 @@ from torch import nn
 
 from .cache import RowCache
 from .placement import Placement
+from .rounding import HALVES, Rounding, stream_of
 from .row_layout import RowLayout
 from .row_rules import RowRule
 
@@ -433,8 +434,27 @@ class CachedWeight:
             values = -values
         cache = self.cache
         cache.mark_dirty(slots)
-        self.rule.update(cache.kernels, cache.records, cache.layout, slots, values, group, step, self.placement)
+        kernels = cache.kernels
+        if self.rounds:
+            kernels = kernels.with_rounding(self._rounding(slots, step))
+        self.rule.update(kernels, cache.records, cache.layout, slots, values, group, step, self.placement)
         self.state_is_initial = False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether updates of the rows are rounded stochastically, so that the bits depend on the number of the step."""
+        return self.cache.layout.dtype in HALVES
+
+    def _rounding(self, slots: torch.Tensor, step: int) -> Rounding:
+        """What the update of `slots` as step number `step` is rounded by: the same wherever the rows are held."""
+        columns, start = [], 0
+        local = {"weight": self.cache.layout.dim, **{name: width for name, width, _ in self.cache.layout.state}}
+        for name, width in self.column_widths().items():
+            first = start + (self.placement.first_column if self._is_split(name) else 0)
+            columns.append(torch.arange(first, first + local[name]))
+            start += width
+        ids = self.placement.ids_of_the_whole(self.cache.slots.id_of_slot[slots.long()].long())
+        return Rounding(stream_of(self.cache.config.rounding_seed, step), ids, torch.cat(columns))
 
     def after_step(self) -> None:
         """The gradient was used: its rows may leave. Adding to it, or stepping it once rows have moved, is refused."""

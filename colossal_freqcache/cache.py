@@ -16,7 +16,6 @@ from .ahead import Ahead
 from .config import FreqCacheConfig
 from .eviction import EvictionStrategy, PolicyIndex, make_policy
 from .kernels import BatchPlan, WantedIds, make_kernels
-from .memory import aligned_empty
 from .metrics import CacheStats
 from .row_layout import RowLayout
 from .row_order import RowOrder
@@ -89,6 +88,7 @@ class RowCache:
         if strategy is None:
             strategy = EvictionStrategy.S3FIFO if counts is None else EvictionStrategy.DATASET
         self.strategy = EvictionStrategy.parse(strategy)
+        self.layout = layout
         self.kernels = self._make_kernels()
         self.stats = CacheStats(len(table_sizes))
         self.order = RowOrder.from_counts(counts, self.num_rows)
@@ -97,7 +97,6 @@ class RowCache:
             descending = np.asarray(counts)[self.order.id_of_row]
             starts = np.flatnonzero(np.concatenate([[True], descending[1:] != descending[:-1]]))
             self._count_runs = descending[starts].astype(np.float64), np.diff(starts, append=self.num_rows)
-        self.layout = layout
         self.moves = 0
         self.store = make_store(config.store, self._host_kernels())
         self.budget_row_bytes = budget_row_bytes or layout.row_bytes
@@ -109,7 +108,7 @@ class RowCache:
         self._start_empty(num_slots, ceiling)
 
     def _make_kernels(self) -> Any:
-        return make_kernels(self.config.kernels)
+        return make_kernels(self.config.kernels, self.layout.dtype)
 
     def _host_kernels(self) -> Any:
         """The set that moves rows in host memory."""
@@ -125,7 +124,7 @@ class RowCache:
     def _start_empty(self, num_slots: int, ceiling: int) -> None:
         """Fresh maps and an untouched block: nothing is resident."""
         self.slots = SlotTable(num_slots, self.num_rows, self.order.id_of_row is None)
-        self.records = _untouched(ceiling, self.layout)
+        self.records = self.layout.empty(ceiling)  # pages are faulted in when a slot is first filled
         self._prefetched = np.empty(0, np.int32)
         self.moves += 1
         self.renew_policy()
@@ -517,7 +516,7 @@ class RowCache:
 
     def _replace_block(self, layout: RowLayout) -> None:
         """The block in `layout`; every row keeps its slot."""
-        block = _untouched(self.ceiling, layout)
+        block = layout.empty(self.ceiling)
         used = (self.slots.id_of_slot >= 0).nonzero()[:, 0]
         for chunk in used.split(max(1, CHUNK_BYTES // layout.row_bytes)):
             block[chunk] = converted(self.records[chunk], layout)
@@ -580,12 +579,6 @@ class RowCache:
         stored = torch.empty(slots.numel(), self.layout.width, dtype=self.layout.dtype)
         self.store.read(self.slots.row_of_slot[slots].long(), stored, torch.arange(slots.numel()))
         assert torch.equal(stored, self.records[slots]), "I3: a clean slot differs from the store"
-
-
-def _untouched(num_slots: int, layout: RowLayout) -> torch.Tensor:
-    """(num_slots, W) of address space: pages are faulted in when a slot is first filled."""
-    dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-    return torch.from_numpy(aligned_empty((num_slots, layout.width), dtype))
 
 
 def converted(records: torch.Tensor, layout: RowLayout) -> torch.Tensor:

@@ -34,7 +34,7 @@ from torch import nn
 from .block import CachedWeight, cached_weight_of, plain_mode
 from .embedding import _CachedBags
 from .row_rules import make_rule
-from .step_hooks import own_blocks, reset_forgotten_state, rule_name_of
+from .step_hooks import counts_steps, own_blocks, reset_forgotten_state, rule_name_of
 
 __all__ = [
     "CheckpointError",
@@ -556,7 +556,7 @@ def _columns_of(
         return dict(loaded)
     if weight.owner is optimizer:
         return dict.fromkeys(weight.cache.layout.state_names())
-    if counted:
+    if counted and make_rule(rule_name_of(optimizer)).counts_steps:
         raise ValueError(
             f"this {type(optimizer).__name__} has counted {counted:.0f} steps for {name!r}, whose rows do not carry its"
             f" state (a deep copy, or replaced by a later optimizer?): pass the optimizer that trains the table"
@@ -877,7 +877,7 @@ class _Restored:
         torch.optim.Optimizer.load_state_dict(self.optimizer, {"state": states, "param_groups": self.groups})
         for parameter, entry, _ in self.tables.values():
             steps = _read_state(self.path, entry).get("step")
-            if steps is not None:
+            if steps is not None and counts_steps(parameter, make_rule(self.rule_name)):
                 as_int = isinstance(self.optimizer, torch.optim.SparseAdam)
                 step = int(steps) if as_int else torch.tensor(float(steps), dtype=torch.float32)
                 self.optimizer.state[parameter] = {"step": step}

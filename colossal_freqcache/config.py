@@ -47,7 +47,8 @@ class FreqCacheConfig:
             "s3fifo"; a Lookahead makes it "lookahead", for good.
         optimizer: name of the row optimizer whose state columns are reserved from the start; None: when one is bound.
         store: "ram", or an object that implements `stores.RowStore`.
-        kernels: "auto", "torch" or "cpu".
+        kernels: "auto", "torch" or "cpu"; of a cache on a device: "auto", "cuda" (Triton) or "torch".
+        rounding_seed: of the random bits by which updates of bfloat16 and float16 rows are rounded; at least 0.
         sharding: how tables are divided over ranks: "column", "row" or "table"; None: "column".
         window: batches of a boosted data loader whose ids are known ahead (see Lookahead); None: 64; 0: no lookahead.
         depth: of these, batches whose rows are admitted ahead of training; None: 1. At most `window`.
@@ -64,6 +65,7 @@ class FreqCacheConfig:
     optimizer: str | None = None
     store: Any = "ram"
     kernels: str = "auto"
+    rounding_seed: int = 0
     window: int | None = None
     depth: int | None = None
     sharding: str | None = None
@@ -83,6 +85,8 @@ class FreqCacheConfig:
             _refuse("max_cache_bytes", self.max_cache_bytes, "an int of bytes, at least one row's")
         if not _is_number(self.warmup_ratio) or not 0 <= self.warmup_ratio <= 1:
             _refuse("warmup_ratio", self.warmup_ratio, "a share of the slots in [0, 1]")
+        if not _is_int(self.rounding_seed) or self.rounding_seed < 0:
+            _refuse("rounding_seed", self.rounding_seed, "an int of at least 0")
         if self.sharding is not None and self.sharding not in SHARDINGS:
             _refuse("sharding", self.sharding, f"one of {', '.join(map(repr, SHARDINGS))}")
         for field in ("window", "depth"):

@@ -136,6 +136,11 @@ class DeviceCache(RowCache):
     can_foresee = False
 
     def __init__(self, *arguments: Any, device: torch.device, **options: Any) -> None:
+        dtype = arguments[1].dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise NotImplementedError(
+                f"dtype={dtype} on {device}: rows of 16 bits are cached on the CPU only for now; use torch.float32"
+            )
         self.device = device
         self.num_syncs = 0
         self.mailboxes: list[Mailbox] = []  # that nobody waits for

@@ -25,6 +25,7 @@ from .eviction import EvictionStrategy
 from .frequency import as_counts
 from .metrics import CacheStats
 from .placement import Placement
+from .rounding import HALVES
 from .row_layout import RowLayout
 from .row_rules import make_rule
 from .step_hooks import install_step_hooks
@@ -83,8 +84,8 @@ class _CachedBags(nn.Module):
         device = _device_of(device)
         if dtype is None:
             dtype = torch.get_default_dtype() if weights is None else weights[0].dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype={dtype} is not allowed: torch.float32 or torch.float64 (others are planned)")
+        if dtype not in (torch.float32, torch.float64, *HALVES):
+            raise ValueError(f"dtype={dtype} is not allowed: torch.float32, float64, bfloat16 or float16")
         table_sizes = [int(rows) for rows in table_sizes]
         self.embedding_dim = embedding_dim = int(embedding_dim)
         self.max_norm = max_norm
@@ -574,9 +575,11 @@ class FreqAwareEmbeddingBag(_CachedBags):
             `padding_idx` is an id.
         sparse: accepted for compatibility; rows are trained sparsely in any case.
         _weight: (R, D) initial weights in id order; copied.
-        device: None or "cpu". dtype: torch.float32 or float64; None: torch's default.
-        cache_ratio, num_slots, max_cache_bytes, warmup_ratio, evict_strategy, optimizer, store, kernels: as in
-            FreqCacheConfig.
+        device: None or "cpu".
+        dtype: torch.float32, float64, bfloat16 or float16; None: torch's default. Rows of 16 bits are computed in
+            float32, and their updates rounded stochastically: see docs/architecture.md.
+        cache_ratio, num_slots, max_cache_bytes, warmup_ratio, evict_strategy, optimizer, store, kernels, rounding_seed:
+            as in FreqCacheConfig.
         ids_freq_mapping: accesses of each id (R,), tensor, array, list or IdFrequency; None where unknown. The policy
             is then "s3fifo" by default, else "dataset".
 
@@ -610,6 +613,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
         optimizer: str | None = None,
         store: Any = "ram",
         kernels: str = "auto",
+        rounding_seed: int = 0,
     ) -> None:
         if _weight is not None and tuple(_weight.shape) != (num_embeddings, embedding_dim):
             raise ValueError(
@@ -639,6 +643,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
                 optimizer=optimizer,
                 store=store,
                 kernels=kernels,
+                rounding_seed=rounding_seed,
             ),
         )
         self.num_embeddings = num_embeddings
@@ -792,6 +797,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
         optimizer: str | None = None,
         store: Any = "ram",
         kernels: str = "auto",
+        rounding_seed: int = 0,
     ) -> None:
         table_sizes = list(table_sizes)
         if not table_sizes:
@@ -832,6 +838,7 @@ class FreqAwareEmbeddingBagCollection(_CachedBags):
                 optimizer=optimizer,
                 store=store,
                 kernels=kernels,
+                rounding_seed=rounding_seed,
             ),
         )
         self.table_sizes = table_sizes

@@ -22,6 +22,7 @@ from .step_hooks import (
     amp_scale,
     blocks_of,
     coming_step,
+    counts_steps,
     make_state_dict_logical,
     next_step,
     reset_forgotten_state,
@@ -64,7 +65,8 @@ class _RowOptimizer:
 
     def _check_steps(self, parameter: torch.Tensor, weight: CachedWeight) -> None:
         """A table that is not bound yet (it was frozen) has no steps behind it; a deep copy of a bound one has."""
-        if weight.owner is not self and self.state.get(parameter, {}).get("step", 0) > 0:
+        counted = self.state.get(parameter, {}).get("step", 0) > 0
+        if weight.owner is not self and counted and self._rule().counts_steps:
             raise RuntimeError(
                 f"this {type(self).__name__} has counted steps for a table that does not carry its state (a deep copy?)"
                 f": load its state_dict into an optimizer that is built for this table"
@@ -181,7 +183,7 @@ class _RowOptimizer:
             for name in names:
                 if name in state:
                     weight.set_logical(name, state[name].reshape(weight.placement.num_rows, -1))
-            if "step" in state:
+            if "step" in state and counts_steps(parameter, self._rule()):
                 self.state[parameter] = {"step": torch.as_tensor(state["step"], dtype=torch.float32).clone()}
             elif self.rule_name in ("adagrad", "rowwise_adagrad"):
                 self.state[parameter] = {"step": torch.tensor(0.0)}
@@ -293,8 +295,10 @@ def clip_grad_norm_(
         norms = []
         for parameter in parameters:
             values = _values_in_row_order(parameter)  # none on a rank whose part of the table the batch does not touch
-            norm = torch.linalg.vector_norm(values, norm_type) if values.numel() else values.new_zeros(())
             weight = cached_weight_of(parameter)
+            if weight is not None and weight.rounds:
+                values = values.float()
+            norm = torch.linalg.vector_norm(values, norm_type) if values.numel() else values.new_zeros(())
             norms += [norm] if weight is None else weight.placement.gather_norms(norm).unbind()
         total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         if error_if_nonfinite and not torch.isfinite(total):

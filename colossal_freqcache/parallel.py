@@ -34,6 +34,7 @@ from .config import FreqCacheConfig
 from .embedding import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection
 from .embedding import _Batch as Batch
 from .placement import Piece, Placement
+from .rounding import HALVES
 
 __all__ = [
     "SHARDINGS",
@@ -83,7 +84,12 @@ class Ranks:
 
         def exchange() -> torch.Tensor:
             received = torch.empty(sum(receive), dtype=sent.dtype)
-            dist.all_to_all_single(received, sent.contiguous(), receive, send, group=self.group)
+            size = sent.element_size() if sent.dtype in HALVES else 1  # gloo has no bfloat16: as bytes
+            parts = [received, sent.contiguous()]
+            if size > 1:
+                parts = [part.view(torch.uint8) for part in parts]
+            counts = [[size * count for count in counts] for counts in (receive, send)]
+            dist.all_to_all_single(*parts, *counts, group=self.group)
             return received
 
         return self._run(exchange)
@@ -104,7 +110,8 @@ class Ranks:
 
         def exchange() -> torch.Tensor:
             copy = values.clone(memory_format=torch.contiguous_format)
-            dist.broadcast(copy, dist.get_global_rank(self.group, 0), group=self.group)
+            bits = copy.view(torch.uint8) if copy.dtype in HALVES else copy
+            dist.broadcast(bits, dist.get_global_rank(self.group, 0), group=self.group)
             return copy
 
         return self._run(exchange)
@@ -324,6 +331,7 @@ class ColumnPlacement(ShardedPlacement):
             )
         self.widths = [dim // ranks.size + (rank < dim % ranks.size) for rank in range(ranks.size)]
         self.local_dim = self.widths[self.rank]
+        self.first_column = self.columns(self.rank).start
         self.budget_dim = self.widths[0]
 
     def columns(self, rank: int) -> slice:
@@ -361,8 +369,12 @@ class ColumnPlacement(ShardedPlacement):
         else:
             norms = _added(self.ranks.all_gather((values**norm_type).sum(1))) ** (1 / norm_type)
         changed = norms > max_norm
-        scale = (max_norm / (norms[changed] + 1e-7)).to(records.dtype)
-        records[slots[changed], :dim] *= scale.unsqueeze(1)
+        scale = max_norm / (norms[changed] + 1e-7)
+        if records.dtype in HALVES:  # multiplied in float32, rounded once
+            scale = scale.float().unsqueeze(1)
+            records[slots[changed], :dim] = (records[slots[changed], :dim].float() * scale).to(records.dtype)
+        else:
+            records[slots[changed], :dim] *= scale.to(records.dtype).unsqueeze(1)
         return changed
 
 
@@ -378,6 +390,9 @@ class RowPlacement(ShardedPlacement):
     def __init__(self, table_sizes: Sequence[int], dim: int, ranks: Ranks, averaged: bool) -> None:
         super().__init__(table_sizes, dim, ranks, averaged)
         self.local_sizes = [-(-self.num_rows // ranks.size)]
+
+    def ids_of_the_whole(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids * self.world_size + self.rank
 
     def local_padding(self, padding_ids: list[int]) -> list[int]:
         return [-1]  # left out by the rank that pools
@@ -415,6 +430,11 @@ class TablePlacement(ShardedPlacement):
         self.local_sizes = [self.table_sizes[table] for table in self.own] or [1]
         self._local_start = dict(zip(self.own, np.cumsum([0, *self.local_sizes]).tolist(), strict=False))
 
+    def ids_of_the_whole(self, ids: torch.Tensor) -> torch.Tensor:
+        starts = torch.tensor([self._local_start[table] for table in self.own] or [0])
+        shifts = torch.tensor([self.table_starts[table] for table in self.own] or [0]) - starts
+        return ids + shifts[torch.searchsorted(starts, ids, right=True) - 1]
+
     def local_padding(self, padding_ids: list[int]) -> list[int]:
         return [padding_ids[table] for table in self.own] or [-1]
 
@@ -451,11 +471,11 @@ def balanced_plan(table_sizes: Sequence[int], world_size: int, lookups: Sequence
 
 
 def _added(parts: torch.Tensor) -> torch.Tensor:
-    """Sum over the first dimension, one after the other."""
-    total = parts[0].clone()
+    """Sum over the first dimension, one after the other; of 16-bit parts in float32, rounded once."""
+    total = parts[0].float() if parts.dtype in HALVES else parts[0].clone()
     for part in parts[1:]:
         total += part
-    return total
+    return total.to(parts.dtype)
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------------

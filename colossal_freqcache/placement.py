@@ -42,6 +42,7 @@ class Placement:
         pools: whether the cache's lookups pool bags; else they give rows, which are pooled where the bags are.
         divisor: what a table's gradient is divided by: the ranks whose losses are averaged.
         local_sizes, local_dim: the tables of this rank's cache.
+        first_column: where its columns start among the D.
         budget_dim: the width by which a budget in bytes becomes slots, the same on all ranks.
         cache: this rank's RowCache, once it is attached.
     """
@@ -50,6 +51,7 @@ class Placement:
     world_size = 1
     pools = True
     divisor = 1
+    first_column = 0
 
     def __init__(self, table_sizes: Sequence[int], dim: int) -> None:
         self.table_sizes = [int(rows) for rows in table_sizes]
@@ -79,6 +81,10 @@ class Placement:
     def piece(self, start: int, stop: int, rank: int | None = None) -> Piece | None:
         """What `rank` (default: this one) holds of ids start..stop-1, which lie in one table; None for nothing."""
         return Piece(slice(0, stop - start), start, stop, slice(0, self.dim))
+
+    def ids_of_the_whole(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64[n]: ids of the logical tables, from those of this rank's cache."""
+        return ids
 
     def table_ranges(self) -> list[tuple[int, int]]:
         """(first id of the whole, rows) of each logical table."""

@@ -6,7 +6,10 @@ the kernels that move rows see only `width` elements of `dtype`.
 
 import dataclasses
 
+import numpy as np
 import torch
+
+from .memory import aligned_empty
 
 __all__ = ["RowLayout"]
 
@@ -17,7 +20,7 @@ class RowLayout:
 
     Attributes:
         dim: embedding width in elements.
-        dtype: torch.float32 or torch.float64.
+        dtype: torch.float32, float64, bfloat16 or float16.
         state: (name, width in elements, initial value) of each state column, in order.
     """
 
@@ -47,6 +50,14 @@ class RowLayout:
     def state_names(self) -> list[str]:
         """The names of the state columns, in order."""
         return [name for name, _, _ in self.state]
+
+    def empty(self, num_rows: int, whole_pages: bool = False) -> torch.Tensor:
+        """(num_rows, width) uninitialised records that start on a cache line: address space until they are written.
+
+        whole_pages: as in `memory.aligned_empty`.
+        """
+        kind = {torch.float32: np.float32, torch.float64: np.float64}.get(self.dtype, np.int16)  # numpy has no bfloat16
+        return torch.from_numpy(aligned_empty((num_rows, self.width), kind, whole_pages)).view(self.dtype)
 
     def fill_state(self, records: torch.Tensor) -> None:
         """Writes every state column's initial value into `records` (n, width)."""

@@ -20,7 +20,7 @@ class RowRule:
 
     Attributes:
         name: as in `optimizer=`.
-        counts_steps: it keeps a step count per parameter.
+        counts_steps: it keeps a step count per parameter, whatever the dtype of the rows.
         row_columns: state columns that hold one value for the whole row, not one per element.
     """
 
@@ -52,7 +52,8 @@ class RowRule:
     ) -> None:
         """Applies step number `step` (from 1) to `slots` (int32[U], unique) with `grads` (U, D).
 
-        `placement` sums over whole rows where a record holds only some of their columns.
+        `kernels` round what they write, where they have to. `placement` sums over whole rows where a record holds only
+        some of their columns.
         """
         raise NotImplementedError
 

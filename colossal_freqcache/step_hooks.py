@@ -24,6 +24,7 @@ __all__ = [
     "blocks_of",
     "check_optimizer",
     "coming_step",
+    "counts_steps",
     "install_step_hooks",
     "load_logical_states",
     "logical_state",
@@ -137,7 +138,7 @@ def _check_foreign_state(optimizer: torch.optim.Optimizer, state: dict, weight: 
     tensors = {name: value for name, value in state.items() if name != "step" and torch.is_tensor(value)}
     if _steps(state) == 0:
         return
-    if not tensors and weight.owner is not optimizer:
+    if not tensors and weight.owner is not optimizer and make_rule(rule_name_of(optimizer)).counts_steps:
         raise RuntimeError(
             f"this {type(optimizer).__name__} has counted steps for a table without its state (a deep copy?):"
             f" load its state_dict into an optimizer that is built for this table"
@@ -176,7 +177,7 @@ def _steps(state: dict) -> float:
 
 def next_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: RowRule) -> int:
     """Counts a step of `parameter` in the optimizer's state, in its torch class's form; returns its number from 1."""
-    if not rule.counts_steps:
+    if not counts_steps(parameter, rule):
         return 1
     state = optimizer.state[parameter]
     if "step" not in state:
@@ -187,7 +188,12 @@ def next_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: R
 
 def coming_step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rule: RowRule) -> int:
     """What `next_step` will return."""
-    return int(_steps(optimizer.state.get(parameter, {}))) + 1 if rule.counts_steps else 1
+    return int(_steps(optimizer.state.get(parameter, {}))) + 1 if counts_steps(parameter, rule) else 1
+
+
+def counts_steps(parameter: torch.Tensor, rule: RowRule) -> bool:
+    """Whether the optimizer's state of a block holds a step count: its rule needs one, or the rounding of its rows."""
+    return rule.counts_steps or cached_weight_of(parameter).rounds
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

@@ -1,4 +1,4 @@
-"""What numba has no words for: vectors of a row's elements, and reading ahead.
+"""What numba has no words for: vectors of a row's elements, reading ahead, and the bits of a float.
 
 LLVM turns a loop over a row's elements into vectors only behind a check that no two arrays overlap, at every row: for
 rows of 128 bytes the check costs as much as the row. Here a row is handled 64 bytes at a time, then 16, then element by
@@ -18,7 +18,9 @@ from numba.extending import intrinsic
 __all__ = [
     "add_row",
     "add_scaled_row",
+    "bits_of_float",
     "copy_row",
+    "float_of_bits",
     "prefetch",
     "prefetch_row",
     "row_width",
@@ -185,3 +187,26 @@ add_row = _row_operation("target += source", False)
 scale_row = _row_operation("target = w * source", True)
 add_scaled_row = _row_operation("target += w * source", True)
 subtract_scaled_row = _row_operation("target -= w * source", True)
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def bits_of_float(typing_context, value):
+    """uint32: the bits of a float32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def float_of_bits(typing_context, bits):
+    """float32 with these bits, a uint32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate

@@ -338,7 +338,8 @@ SETTINGS = {
     "padding past the end": ({"padding_idx": 200}, ["padding_idx=200", "-200..199"]),
     "padding before the start": ({"padding_idx": -201}, ["padding_idx=-201", "-200..199"]),
     "max_norm negative": ({"max_norm": -1.0}, ["max_norm=-1.0"]),
-    "16-bit": ({"dtype": torch.float16}, ["torch.float16", "torch.float32", "torch.float64"]),
+    "whole numbers": ({"dtype": torch.int32}, ["torch.int32", "torch.float32", "float64", "bfloat16", "float16"]),
+    "rounding_seed negative": ({"rounding_seed": -1}, ["rounding_seed=-1", "at least 0"]),
     "weight's shape": ({"_weight": torch.zeros(3, DIM)}, [f"(3, {DIM})", f"({NUM_ROWS}, {DIM})"]),
     "few counts": ({"ids_freq_mapping": [1] * 199}, ["199", "200"]),
     "many counts": ({"ids_freq_mapping": np.ones(201)}, ["201", "200"]),
@@ -360,7 +361,7 @@ def test_bad_setting(name):
 
 
 def test_choices_that_are_listed_exist_and_planned_ones_are_not_listed_as_choices():
-    """Every quoted name after "choose" is accepted ("cuda" on a device); "mmap:" is not offered."""
+    """Every quoted name after "choose" is accepted; "mmap:" is not offered."""
     for field, bad in (("evict_strategy", "?"), ("store", "?"), ("kernels", "?"), ("optimizer", "?")):
         with pytest.raises(ValueError) as raised:
             FreqAwareEmbeddingBag(NUM_ROWS, DIM, **{field: bad})
@@ -368,8 +369,7 @@ def test_choices_that_are_listed_exist_and_planned_ones_are_not_listed_as_choice
         names = [name for pair in re.findall(r'"(\w+)"|\'(\w+)\'', offered) for name in pair if name]
         assert names, str(raised.value)
         for name in names:
-            if name != "cuda":
-                FreqAwareEmbeddingBag(NUM_ROWS, DIM, **{field: name})
+            FreqAwareEmbeddingBag(NUM_ROWS, DIM, **{field: name})
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (-1, 4), (4, 0), (4, -2), (2.5, 4), (4, "8")])

@@ -492,7 +492,7 @@ def test_keywords_of_the_new_bag_are_taken_too():
         ((NUM_ROWS, DIM), {"evict_strategy": "random"}, ValueError, "unknown evict_strategy 'random'"),
         ((NUM_ROWS, DIM), {"ids_freq_mapping": [1, 2]}, ValueError, "2 counts for 200 ids"),
         ((NUM_ROWS, DIM), {"_weight": torch.zeros(NUM_ROWS, DIM // 2)}, ValueError, r"_weight has shape \(200, 4\)"),
-        ((NUM_ROWS, DIM), {"dtype": torch.float16}, ValueError, "float16"),
+        ((NUM_ROWS, DIM), {"dtype": torch.int32}, ValueError, "torch.int32"),
     ],
 )
 @pytest.mark.parametrize("cls", [CachedEmbeddingBag, ParallelCachedEmbeddingBag])

@@ -160,6 +160,7 @@ def test_bag_keywords_are_what_a_bag_takes():
         "optimizer": "adagrad",
         "store": "ram",
         "kernels": "auto",
+        "rounding_seed": 0,
     }
     FreqAwareEmbeddingBag(10, 2, **config.bag_keywords())
 

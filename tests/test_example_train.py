@@ -88,11 +88,15 @@ def test_the_cached_tables_start_with_the_plain_tables_weights():
     plain = PlainTables(data.table_sizes, 8)
     counts = job.count_ids(data, settings_of())
     cached = job.cached_tables(settings_of()["freq_cache"], 0.015, data.table_sizes, 8, counts)
-    for embedding in (plain, cached):
+    section = settings_of()["freq_cache"]
+    halves = job.cached_tables(section, 0.015, data.table_sizes, 8, counts, dtype=torch.bfloat16)
+    for embedding in (plain, cached, halves):
         torch.manual_seed(3)
         embedding.init_(uniform_rows(0.5))
     for table in (0, 2, 25):
         assert torch.equal(plain.tables[table].weight, cached.logical_weight(table))
+        assert torch.equal(plain.tables[table].weight.bfloat16(), halves.logical_weight(table))
+    assert halves.num_slots == cached.num_slots == halves.weight.shape[0]
 
 
 @pytest.fixture
@@ -116,10 +120,11 @@ def small_config(tmp_path):
 
 
 @pytest.mark.colossalai
-def test_a_small_cache_gives_the_result_of_every_row_resident(small_config):
-    """Also nearly that of plain tables. Evictions do happen, and the cache never holds more than its share."""
+@pytest.mark.parametrize("dtype", job.TABLE_DTYPES)
+def test_a_small_cache_gives_the_result_of_every_row_resident(small_config, dtype):
+    """Also nearly that of plain float32 tables. Evictions do happen, and the cache never holds more than its share."""
     results = {}
-    for options in ("", "--cache-ratio 1.0", "--uncached"):
+    for options in (f"--table-dtype {dtype}", f"--cache-ratio 1.0 --table-dtype {dtype}", "--uncached"):
         arguments = job.parse_arguments(["--config", str(small_config), *options.split()])
         results[options] = job.run(arguments, job.read_settings(arguments))
     cached, resident, plain = results.values()
@@ -149,6 +154,7 @@ def test_the_last_line_is_the_result(small_config, monkeypatch, capsys, tmp_path
     [
         ("BATCHSIZE = 3", "unknown BATCHSIZE; known are DATA"),
         ("BATCH_SIZE = 0", "BATCH_SIZE: expected at least 1, got 0"),
+        ("TABLE_DTYPE = 'int8'", "TABLE_DTYPE: expected one of float32, bfloat16, float16, got 'int8'"),
     ],
 )
 def test_a_wrong_config_is_refused(small_config, text, message):

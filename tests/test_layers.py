@@ -27,6 +27,7 @@ LEVELS = {
     "frequency": 0,
     "row_order": 0,
     "row_layout": 0,
+    "rounding": 0,
     "vectors": 0,
     "row_rules": 1,
     "slots": 1,
@@ -61,6 +62,7 @@ SAME_LEVEL = {
     ("row_order", "vectors"),  # looks rows up
     ("row_order", "memory"),  # in pages of its own
     ("host_memory", "memory"),
+    ("row_layout", "memory"),  # where records lie
     ("frequency", "id_files"),  # counts what the readers yield
     ("cache", "ahead"),  # asks it what is held for the batches to come
     ("device_cache", "cache"),  # is one, on a device

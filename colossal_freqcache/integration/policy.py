@@ -152,7 +152,10 @@ class FreqCachePolicy(Policy):
                     f"{name}.weight is shared by {holders[id(table.weight)]} modules: a cached table cannot be tied"
                 )
             if table.weight.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{name} is {table.weight.dtype}: rows are float32 or float64")
+                raise ValueError(
+                    f"{name} is {table.weight.dtype}: rows are float32 or float64 where a plugin swaps tables; for "
+                    f"others build ParallelFreqAwareEmbeddingBag(..., dtype={table.weight.dtype}) in its place"
+                )
             if table.weight.grad is not None:
                 raise ValueError(f"{name}.weight has a gradient: call zero_grad(), or step, before its table is cached")
             if self.config.sharding in (None, "column") and table.embedding_dim < world_size:

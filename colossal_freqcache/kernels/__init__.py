@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.cuda import get_device_capability
 
+from ..rounding import HALVES, Rounding
+
 __all__ = ["KERNEL_SETS", "BatchPlan", "Kernels", "WantedIds", "make_device_kernels", "make_kernels"]
 
-KERNEL_SETS = ("cpu", "torch", "cuda")
+KERNEL_SETS = ("cpu", "torch")  # of a cache on the host; on a device: "cuda", "torch"
 
 
 class BatchPlan(NamedTuple):
@@ -103,13 +105,40 @@ class Kernels(Protocol):
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size) -> None:
         """m += (1-b1)(g-m); v += (1-b2)(g*g-v); w -= step_size * m / (sqrt(v) + eps)"""
 
+    # ---- for rows of 16 bits (`halves`) -------------------------------------------------------------------------
 
-def make_kernels(name: str) -> Kernels:
-    """The kernel set called `name`: "cpu" (numba), "torch" (plain twin), "auto" (cpu).
+    def widen(self, values) -> torch.Tensor:
+        """`values` (bfloat16 or float16, any shape) in float32."""
+
+    def narrow(self, values, dtype) -> torch.Tensor:
+        """`values` (float32, any shape) as `dtype`, rounded to the nearest."""
+
+    def widen_rows(self, records, width, slots) -> torch.Tensor:
+        """records[slots, :width] in float32."""
+
+    def narrow_rows(self, rows, records, slots, rounding: Rounding | None) -> None:
+        """records[slots, :width of rows] = rows (float32), rounded by `rounding`, or to the nearest without it."""
+
+
+def make_kernels(name: str, dtype: torch.dtype = torch.float32) -> Kernels:
+    """The kernel set called `name`, for rows of `dtype`: "cpu" (numba), "torch" (plain twin), "auto" (cpu).
 
     Raises:
         ValueError: unknown name, or "cuda", which is for a device; lists the sets that exist.
     """
+    kernels = _make_kernels(name)
+    if dtype not in HALVES:
+        return kernels
+    if kernels.name == "cpu":
+        from .cpu import CpuHalfKernels
+
+        return CpuHalfKernels(kernels)
+    from .halves import HalfKernels
+
+    return HalfKernels(kernels)
+
+
+def _make_kernels(name: str) -> Kernels:
     if name in ("auto", "cpu"):
         from .cpu import CpuKernels
 
@@ -118,7 +147,9 @@ def make_kernels(name: str) -> Kernels:
         from .torch import TorchKernels
 
         return TorchKernels()
-    raise ValueError(f'kernels={name!r} is unknown: choose "auto" or one of {", ".join(map(repr, KERNEL_SETS))}')
+    raise ValueError(
+        f'kernels={name!r} is unknown: choose "auto" or one of {", ".join(map(repr, KERNEL_SETS))} ("cuda" on a device)'
+    )
 
 
 def make_device_kernels(name: str, device: torch.device) -> Any:

@@ -11,17 +11,19 @@ import numpy as np
 import torch
 
 from ..memory import RecycledArrays
+from ..rounding import HALVES
 from ..vectors import row_width
-from . import BatchPlan, WantedIds, cpu_lookup, cpu_rows
+from . import BatchPlan, WantedIds, cpu_halves, cpu_lookup, cpu_rows
+from .halves import HalfKernels
 from .parts import in_parts, num_parts
 
-__all__ = ["CpuKernels"]
+__all__ = ["CpuHalfKernels", "CpuKernels"]
 
 GRAIN = 1 << 17  # elements of rows that are worth a thread of their own: about 0.1 ms
 PLAN_GRAIN = 1 << 15  # positions
 _NO_WEIGHTS = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 _NO_POSITIONS = np.empty(0, np.int64)
-_REAL = {torch.float32: np.float32, torch.float64: np.float64}
+_REAL = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16}  # int16: the bits of halves
 
 
 class CpuKernels:
@@ -149,6 +151,8 @@ class CpuKernels:
         return torch.from_numpy(slots), torch.from_numpy(places)
 
     def copy_rows(self, source, source_rows, target, target_rows):
+        if source.dtype in HALVES:
+            source, target = source.view(torch.int16), target.view(torch.int16)
         arrays = source.numpy(), source_rows.numpy(), target.numpy(), target_rows.numpy()
         row = _row(source.shape[1], source.dtype)
         _in_parts(cpu_rows.copy_rows, source_rows.numel(), source.shape[1], *arrays, row)
@@ -278,6 +282,68 @@ class CpuKernels:
     def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size):
         _update(cpu_rows.update_adam, records, dim, slots, grads, 1 - beta1, 1 - beta2, eps, step_size)
 
+    def widen(self, values):
+        return torch.from_numpy(self._arrays.take(tuple(values.shape), np.float32)).copy_(values)
+
+    def narrow(self, values, dtype):
+        return torch.from_numpy(self._arrays.take(tuple(values.shape), np.int16)).view(dtype).copy_(values)
+
+    def widen_rows(self, records, width, slots):
+        rows = self._arrays.take((slots.numel(), width), np.float32)
+        _in_parts(cpu_halves.widen_rows, slots.numel(), width, _bits(records), slots.numpy(), rows)
+        return torch.from_numpy(rows)
+
+    def narrow_rows(self, rows, records, slots, rounding):
+        if rounding is None:
+            records[slots.long(), : rows.shape[1]] = rows.to(records.dtype)
+            return
+        arguments = (rows.numpy(), _bits(records), slots.numpy(), *_key(rounding))
+        _in_parts(cpu_halves.round_rows, slots.numel(), rows.shape[1], *arguments)
+
+
+class CpuHalfKernels(HalfKernels):
+    """The numba set over 16-bit rows. What a step spends its time in is done in one pass, to the same bits."""
+
+    def pool_backward(
+        self, grad, unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places
+    ):
+        arguments = unique_of_position, offsets, weights, mean, scale_by_freq, place_of_unique, num_places
+        if weights is not None or scale_by_freq or not self._inner._is_one_hot(offsets):
+            return super().pool_backward(grad, *arguments)
+        values = self._inner._arrays.take((num_places, grad.shape[2]), np.float32)
+        per_unique = grad.shape[2] * unique_of_position.numel() // max(1, num_places)
+        arrays = _bits(grad.contiguous()), unique_of_position.numpy(), place_of_unique.numpy(), values
+        _in_parts(cpu_halves.pool_one_hot_backward, num_places, per_unique, *arrays)
+        return self._inner.narrow(torch.from_numpy(values), grad.dtype)
+
+    def update_sgd(self, records, dim, slots, grads, lr):
+        if not self._update_at_once(cpu_halves.update_sgd, records, dim, slots, grads, lr):
+            super().update_sgd(records, dim, slots, grads, lr)
+
+    def update_adagrad(self, records, dim, slots, grads, lr, eps):
+        if not self._update_at_once(cpu_halves.update_adagrad, records, dim, slots, grads, lr, eps):
+            super().update_adagrad(records, dim, slots, grads, lr, eps)
+
+    def update_rowwise_adagrad(self, records, dim, slots, grads, mean_squares, lr, eps):
+        arrays = (mean_squares.numpy(),)
+        update = cpu_halves.update_rowwise_adagrad
+        if not self._update_at_once(update, records, dim, slots, grads, lr, eps, arrays=arrays):
+            super().update_rowwise_adagrad(records, dim, slots, grads, mean_squares, lr, eps)
+
+    def update_adam(self, records, dim, slots, grads, beta1, beta2, eps, step_size):
+        numbers = 1 - beta1, 1 - beta2, eps, step_size
+        if not self._update_at_once(cpu_halves.update_adam, records, dim, slots, grads, *numbers):
+            super().update_adam(records, dim, slots, grads, beta1, beta2, eps, step_size)
+
+    def _update_at_once(self, function, records, dim, slots, grads, *numbers, arrays=()) -> bool:
+        """Whether it was done: it is where the rounding is stochastic."""
+        if self._rounding is None:
+            return False
+        numbers = tuple(np.float32(number) for number in numbers)
+        arguments = (_bits(records), dim, slots.numpy(), _bits(grads), *_key(self._rounding), *arrays, *numbers)
+        _in_parts(function, slots.numel(), records.shape[1], *arguments)
+        return True
+
 
 def _equal_parts(starts, parts):
     """Numbers of the tables that begin each part, and how many there are, for parts of about equally many positions."""
@@ -291,6 +357,16 @@ def _in_parts(function, size, elements_each, *arguments):
     in_parts(
         lambda first, last: function(*arguments, first, last), size, num_parts(size * max(1, elements_each), GRAIN)
     )
+
+
+def _bits(values):
+    """The bits of 16-bit values, in the type by which `cpu_halves` knows what they mean."""
+    bits = values.view(torch.int16).numpy()
+    return bits.view(np.uint16) if values.dtype == torch.bfloat16 else bits
+
+
+def _key(rounding):
+    return np.int64(rounding.stream), rounding.ids.numpy(), rounding.columns.numpy().astype(np.uint32)
 
 
 def _row(num_elements, dtype):

@@ -7,6 +7,7 @@ Shapes as in `kernels`.
 
 import torch
 
+from ..rounding import random_bits, round_stochastically
 from . import BatchPlan, WantedIds
 
 __all__ = ["TorchKernels"]
@@ -169,6 +170,20 @@ class TorchKernels:
         records[slots, dim : 2 * dim] = m
         records[slots, 2 * dim : 3 * dim] = v
         records[slots, :dim] = records[slots, :dim] - m / (v.sqrt() + eps) * step_size
+
+    def widen(self, values):
+        return values.float()
+
+    def narrow(self, values, dtype):
+        return values.to(dtype)
+
+    def widen_rows(self, records, width, slots):
+        return records[slots.long(), :width].float()
+
+    def narrow_rows(self, rows, records, slots, rounding):
+        dtype = records.dtype
+        rounded = rows.to(dtype) if rounding is None else round_stochastically(rows, dtype, random_bits(rounding))
+        records[slots.long(), : rows.shape[1]] = rounded
 
 
 def _distinct(values, offsets, table_rows, table_starts, padding_ids):

@@ -1,9 +1,7 @@
 """RamStore: every record in one host array. Pages are faulted in as rows are first written."""
 
-import numpy as np
 import torch
 
-from ..memory import aligned_empty
 from ..row_layout import RowLayout
 
 __all__ = ["RamStore"]
@@ -18,8 +16,7 @@ class RamStore:
 
     def allocate(self, num_rows: int, layout: RowLayout) -> None:
         # In huge pages: a table is read at random, so each row would else cost a TLB miss.
-        dtype = np.float32 if layout.dtype == torch.float32 else np.float64
-        self._records = torch.from_numpy(aligned_empty((num_rows, layout.width), dtype, whole_pages=True))
+        self._records = layout.empty(num_rows, whole_pages=True)
 
     def read(self, rows: torch.Tensor, records: torch.Tensor, places: torch.Tensor) -> None:
         self._kernels.copy_rows(self._records, rows, records, places)

@@ -19,10 +19,16 @@ class PlainTables(nn.Module):
 
     Same call, same output, and the same initial weights under the same `torch.manual_seed`."""
 
-    def __init__(self, table_sizes: Sequence[int], embedding_dim: int, mode: str = "mean"):
+    def __init__(
+        self,
+        table_sizes: Sequence[int],
+        embedding_dim: int,
+        mode: str = "mean",
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.tables = nn.ModuleList(
-            nn.EmbeddingBag(size, embedding_dim, mode=mode, sparse=True) for size in table_sizes
+            nn.EmbeddingBag(size, embedding_dim, mode=mode, sparse=True, dtype=dtype) for size in table_sizes
         )
 
     def init_(self, fn: Callable[[Tensor], None]) -> None:
@@ -48,10 +54,10 @@ class PlainTables(nn.Module):
 
 
 def uniform_rows(bound: float) -> Callable[[Tensor], None]:
-    """An initialiser for `init_`: every weight uniform in [-bound, bound], drawn in row order."""
+    """An initialiser for `init_`: every weight uniform in [-bound, bound], drawn in row order, in float32."""
 
     def fill(rows: Tensor) -> None:
-        rows.uniform_(-bound, bound)
+        rows.copy_(torch.empty_like(rows, dtype=torch.float32).uniform_(-bound, bound))
 
     return fill
 
@@ -72,7 +78,7 @@ class DLRM(nn.Module):
     """logit = top([x, <v_i, v_j> for i < j]) with x = bottom(dense) (B, D) and v the T bags and x, (B, V, D).
 
     Args:
-        embedding (nn.Module): called as `embedding(values, offsets)`, returns (B, T, D).
+        embedding (nn.Module): called as `embedding(values, offsets)`, returns (B, T, D) of any float type.
         num_tables (int), embedding_dim (int), num_dense (int): T, D and F.
         bottom (Sequence[int]): hidden widths of the bottom MLP (its last layer of width D is added).
         top (Sequence[int]): hidden widths of the top MLP (its last layer of width 1 is added).
@@ -103,6 +109,7 @@ class DLRM(nn.Module):
     def forward(self, dense: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
         """dense: (B, F) float32. values: (N,) and offsets: (T*B,) int64, table-major. Returns logits (B,)."""
         x = self.bottom(dense)  # (B, D)
-        vectors = torch.cat([x.unsqueeze(1), self.embedding(values, offsets)], dim=1)  # (B, V, D)
+        bags = self.embedding(values, offsets).to(x.dtype)  # (B, T, D)
+        vectors = torch.cat([x.unsqueeze(1), bags], dim=1)  # (B, V, D)
         dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)  # (B, V*V)
         return self.top(torch.cat([x, dots.index_select(1, self.flat_pairs)], dim=1)).squeeze(1)

@@ -4,6 +4,7 @@
     colossalai run --nproc_per_node 2 examples/dlrm/train.py --config examples/dlrm/configs/purchases.py
     python examples/dlrm/train.py                      # one process, without a launcher
     python examples/dlrm/train.py --cache-ratio 1.0    # every row resident: the same numbers to the last digit
+    python examples/dlrm/train.py --table-dtype bfloat16   # rows of half the bytes
     python examples/dlrm/train.py --uncached           # the same model on plain torch.nn.EmbeddingBag tables
 
 On several processes the tables are sharded over them (`freq_cache = dict(sharding=...)` in the config), the MLPs are
@@ -39,6 +40,7 @@ DEFAULTS = dict(
     SYNTHETIC=None,
     SYNTHETIC_OPTIONS={},
     EMBEDDING_DIM=16,
+    TABLE_DTYPE="float32",
     BOTTOM_MLP=(64,),
     TOP_MLP=(64,),
     INIT_BOUND=0.02,
@@ -53,6 +55,7 @@ DEFAULTS = dict(
     THREADS=1,
     freq_cache=dict(cache_ratio=0.015, evict_strategy="dataset", optimizer="adagrad"),
 )
+TABLE_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 class SettingError(ValueError):
@@ -64,6 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="a Colossal-AI config file")
     parser.add_argument("--uncached", action="store_true", help="plain torch.nn.EmbeddingBag tables")
     parser.add_argument("--cache-ratio", type=float, help="share of the rows in the cache, instead of the config's")
+    parser.add_argument("--table-dtype", choices=TABLE_DTYPES, help="of the embedding rows and their optimizer state")
     parser.add_argument("--steps", type=int, help="stop after this many batches")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
@@ -95,7 +99,7 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if unknown:
         raise SettingError(f"{arguments.config}: unknown {', '.join(unknown)}; known are {', '.join(DEFAULTS)}")
     settings = {**DEFAULTS, **loaded}
-    for name in ("steps", "epochs", "seed", "threads"):
+    for name in ("table_dtype", "steps", "epochs", "seed", "threads"):
         if getattr(arguments, name) is not None:
             settings[name.upper()] = getattr(arguments, name)
     if arguments.data is not None:
@@ -109,6 +113,10 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("BATCH_SIZE", "EPOCHS", "THREADS", "EMBEDDING_DIM"):
         if settings[name] < 1:
             raise SettingError(f"{name}: expected at least 1, got {settings[name]}")
+    if settings["TABLE_DTYPE"] not in TABLE_DTYPES:
+        raise SettingError(f"TABLE_DTYPE: expected one of {', '.join(TABLE_DTYPES)}, got {settings['TABLE_DTYPE']!r}")
+    if arguments.uncached and settings["TABLE_DTYPE"] == "float16":
+        raise SettingError("--uncached: torch's optimizers do not train sparse float16 tables on a CPU; use bfloat16")
     if settings["STEPS"] is not None and settings["STEPS"] < 1:
         raise SettingError(f"STEPS: expected at least 1, got {settings['STEPS']}")
     return settings
@@ -154,6 +162,7 @@ def cached_tables(
     embedding_dim: int,
     id_counts: np.ndarray,
     launched: Launched = ALONE,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """The embedding collection of a `freq_cache` section, its ceiling set to its first size: it can never grow.
 
@@ -170,11 +179,11 @@ def cached_tables(
         config = FreqCacheConfig.from_dict(section)
     except ValueError as error:
         raise SettingError(str(error)) from None
-    options: dict[str, Any] = dict(mode="mean", ids_freq_mapping=id_counts)
+    options: dict[str, Any] = dict(mode="mean", ids_freq_mapping=id_counts, dtype=dtype)
     if config.max_cache_bytes is None:
         # A row carries its weight and Adagrad's sum; with a ceiling equal to the size, "1.5 %" holds at every moment.
         by_column = config.sharding in (None, "column")
-        row_bytes = 2 * (-(-embedding_dim // launched.world_size) if by_column else embedding_dim) * 4
+        row_bytes = 2 * (-(-embedding_dim // launched.world_size) if by_column else embedding_dim) * dtype.itemsize
         num_rows = sum(table_sizes) if by_column else -(-sum(table_sizes) // launched.world_size)
         num_slots, _ = config.size_in_slots(num_rows, row_bytes)
         config = dataclasses.replace(config, max_cache_bytes=num_slots * row_bytes)
@@ -428,17 +437,18 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launc
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
 
     began = time.perf_counter()
+    dtype = TABLE_DTYPES[settings["TABLE_DTYPE"]]
     options = settings["SYNTHETIC_OPTIONS"] if settings["SYNTHETIC"] else settings["DATA_OPTIONS"]
     data = open_data(settings["DATA"], settings["SYNTHETIC"], settings["SEED"], options)
     num_rows = sum(data.table_sizes)
     print(
         f"data: {settings['SYNTHETIC'] or settings['DATA']}, {len(data.table_sizes)} tables, {num_rows:,} rows of "
-        f"{settings['EMBEDDING_DIM']} floats, {data.num_dense} dense features, "
+        f"{settings['EMBEDDING_DIM']} x {settings['TABLE_DTYPE']}, {data.num_dense} dense features, "
         f"batches of {settings['BATCH_SIZE']:,} ({time.perf_counter() - began:.1f} s)",
         flush=True,
     )
     if arguments.uncached:
-        embedding: nn.Module = PlainTables(data.table_sizes, settings["EMBEDDING_DIM"])
+        embedding: nn.Module = PlainTables(data.table_sizes, settings["EMBEDDING_DIM"], dtype=dtype)
     else:
         id_counts = count_ids(data, settings)
         embedding = cached_tables(
@@ -448,6 +458,7 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launc
             settings["EMBEDDING_DIM"],
             id_counts,
             launched,
+            dtype,
         )
         footprint = largest_footprint(data, settings)
         print(
@@ -476,6 +487,7 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any], launched: Launc
         baseline_logloss=log_loss(one_feature[baseline_name], labels) if baseline_name else None,
         held_out_samples=len(labels),
         uncached=arguments.uncached,
+        table_dtype=settings["TABLE_DTYPE"],
         config=arguments.config.name,
         seed=settings["SEED"],
         threads=settings["THREADS"],
