@@ -90,6 +90,7 @@ class CachedWeight:
         self.lock = threading.RLock()  # one lookup at a time; a backward beside another thread's forward is not covered
         self._dead: deque[Token] = deque()
         self._spent: list[Token] = []
+        self._made_slots = (0, 0)  # address and number of the last gradient's
         self._adds_to_sorted = True  # `.grad` was absent or sorted when the last backward returned
         self._left_over: weakref.ref | None = None  # a gradient that was stepped by a step that then raised
         self._stash: torch.Tensor | None = None  # the gradient while a foreign optimizer steps
@@ -265,6 +266,7 @@ class CachedWeight:
         self._moves_at_backward = self.cache.moves
         grad = self.parameter.grad
         self._adds_to_sorted = grad is None or grad.is_coalesced()
+        self._made_slots = slots.data_ptr(), slots.numel()
         if not slots.numel():
             # Accumulating into an empty sparse tensor resizes its storage, which torch forbids once numpy has seen it.
             slots, values = torch.empty_like(slots), torch.empty_like(values)
@@ -277,7 +279,12 @@ class CachedWeight:
         grad = parameter.grad
         if self._adds_to_sorted and grad.is_sparse and not grad.is_coalesced():
             slots = grad._indices()[0]
-            if (slots[1:] > slots[:-1]).all():
+            if self.cache.on_device:
+                if (slots.data_ptr(), slots.numel()) == self._made_slots:  # asking the device would be waiting for it
+                    grad._coalesced_(True)
+                else:
+                    parameter.grad = _merged(grad)
+            elif (slots[1:] > slots[:-1]).all():
                 grad._coalesced_(True)
 
     def after_backward(self, token: Token) -> None:
@@ -544,3 +551,20 @@ class CachedWeight:
                 f"{what} takes {num_bytes} bytes, more than max_state_dict_bytes={self.max_state_dict_bytes}: raise "
                 f"that attribute of the bag, or stream the table: colossal_freqcache.checkpoint.save"
             )
+
+
+def _merged(grad: torch.Tensor) -> torch.Tensor:
+    """A sum of sorted gradients that torch has only laid end to end, as it does on CUDA: sorted, unique, coalesced.
+
+    A slot's values are added from left to right, whatever the slot numbers. Waits for the device.
+    """
+    slots, order = torch.sort(grad._indices()[0], stable=True)
+    values = grad._values()[order]
+    unique, number, counts = torch.unique_consecutive(slots, return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    turn = torch.arange(slots.numel(), device=slots.device) - starts[number]
+    sums = values[starts]
+    for k in range(1, int(counts.max()) if counts.numel() else 0):
+        later = (turn == k).nonzero()[:, 0]
+        sums[number[later]] = sums[number[later]] + values[later]
+    return torch.sparse_coo_tensor(unique.unsqueeze(0), sums, grad.shape, is_coalesced=True, check_invariants=False)

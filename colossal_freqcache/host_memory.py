@@ -5,6 +5,7 @@ nothing. Knows nothing of rows.
 Source: CUDA runtime API, cudaHostRegister.
 """
 
+import sys
 import warnings
 
 import torch
@@ -14,6 +15,8 @@ from .memory import whole_pages_of
 __all__ = ["PinnedPages"]
 
 PORTABLE_AND_MAPPED = 1 | 2
+
+_holders: dict[int, int] = {}  # address of registered memory -> how many PinnedPages have it (copies share an order)
 
 
 class PinnedPages:
@@ -35,11 +38,12 @@ class PinnedPages:
         for tensor in tensors:
             if not tensor.numel():
                 continue
-            with torch.cuda.device(device):
-                error = int(
-                    runtime.cudaHostRegister(tensor.data_ptr(), whole_pages_of(tensor.nbytes), PORTABLE_AND_MAPPED)
-                )
+            address, error = tensor.data_ptr(), 0
+            if address not in _holders:
+                with torch.cuda.device(device):
+                    error = int(runtime.cudaHostRegister(address, whole_pages_of(tensor.nbytes), PORTABLE_AND_MAPPED))
             if error:
+                _forget_error(device)
                 self.close()
                 self.is_pinned = False
                 warnings.warn(
@@ -48,14 +52,28 @@ class PinnedPages:
                     stacklevel=2,
                 )
                 return
+            _holders[address] = _holders.get(address, 0) + 1
             self._registered.append(tensor)
 
     def close(self) -> None:
         """Unregisters the memory. No kernel may use it any more."""
         while self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered.pop().data_ptr())
+            address = self._registered.pop().data_ptr()
+            _holders[address] -= 1
+            if not _holders[address]:
+                del _holders[address]
+                torch.cuda.cudart().cudaHostUnregister(address)
 
     def __del__(self) -> None:
-        if self._registered:
+        if self._registered and not sys.is_finalizing():
             torch.cuda.synchronize()  # kernels that were launched may still write rows back
             self.close()
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps a call's error for whoever looks next, which would be an operation that has nothing to do with it."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        if "Registered" not in str(error) and "mapped" not in str(error) and "memory" not in str(error):
+            raise

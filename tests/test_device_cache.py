@@ -22,10 +22,31 @@ device_worlds.problem_with_interpreter()  # before torch imports Triton, for its
 from device_cases import *  # noqa: E402, F403  (the tests)
 from device_cases import Walk, cached_equals_resident  # noqa: E402
 
+# What goes through the kernels in ways of its own; the others are about the host's part, and take the twin alone.
+INTERPRETED = (
+    "test_a_collection",
+    "test_a_row_of_many_positions",
+    "test_arguments_of_embedding_bag",
+    "test_as_right_as_torch",
+    "test_batches_without_ids",
+    "test_between_a_device_and_a_cpu",
+    "test_cached_bits_are_resident_bits",
+    "test_lookahead_gives_the_same_bits",
+    "test_rows_moved_by_way_of_the_host",
+    "test_several_graphs_and_micro_batches",
+)
 
-@pytest.fixture(params=["twin", "triton"])
+
+def pytest_generate_tests(metafunc):
+    """The kernel sets of a device cache on the CPU."""
+    if "world" in metafunc.fixturenames:
+        sets = ["twin", "triton"] if metafunc.function.__name__ in INTERPRETED else ["twin"]
+        metafunc.parametrize("world", sets, indirect=True)
+
+
+@pytest.fixture
 def world(request, monkeypatch):
-    """Each kernel set of a device cache on the CPU."""
+    """One of them."""
     return device_worlds.cpu_world(request.param, monkeypatch)
 
 

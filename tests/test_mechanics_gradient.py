@@ -9,6 +9,7 @@ from torch import nn
 from worlds import DIM, NUM_ROWS, assert_same_bits, make_bag, make_optimizer, skewed_ids
 
 from colossal_freqcache import optim
+from colossal_freqcache.block import _merged
 
 
 def gradient_by_id(bag):
@@ -152,3 +153,21 @@ def test_clip_grad_norm_refuses_nonfinite():
     (bag(torch.tensor([[1]])) * float("inf")).sum().backward()
     with pytest.raises(RuntimeError, match="inf"):
         optim.clip_grad_norm_(bag.parameters(), 1.0, error_if_nonfinite=True)
+
+
+def test_gradients_laid_end_to_end_are_merged():
+    """What torch makes of a sum of sparse gradients on CUDA: sorted, unique, added from left to right, coalesced."""
+    generator = torch.Generator().manual_seed(0)
+    expected, seen, parts = torch.zeros(50, 4), torch.zeros(50, dtype=torch.bool), []
+    for count in (20, 0, 31, 50):
+        slots = torch.randperm(50, generator=generator)[:count].sort().values
+        values = torch.randn(count, 4, generator=generator)
+        expected[slots] = torch.where(seen[slots].unsqueeze(1), expected[slots] + values, values)
+        seen[slots] = True
+        parts.append((slots, values))
+    slots, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    merged = _merged(torch.sparse_coo_tensor(slots.unsqueeze(0), values, (50, 4), check_invariants=True))
+    assert merged.is_coalesced() and torch.equal(merged._indices()[0], torch.arange(50))
+    assert torch.equal(merged._values(), expected)
+    empty = torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), torch.empty(0, 4), (50, 4))
+    assert _merged(empty)._nnz() == 0

@@ -10,6 +10,7 @@ FREQCACHE_GPU_TESTS_ON=cpu runs this folder interpreted on a CPU, without what n
 Needs torch, triton, numba, numpy, pytest, hypothesis.
 """
 
+import gc
 import os
 import warnings
 
@@ -176,6 +177,7 @@ def test_device_memory_does_not_grow_with_the_rows(triton):
     """What torch has allocated for a bag that has trained is the same, within 1 MiB, for ten times the rows."""
 
     def allocated(num_rows):
+        gc.collect()  # the bag before
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         bag = triton.make_bag(10_000, num_rows=num_rows, dim=32, ids_freq_mapping=counts(num_rows))

@@ -63,7 +63,7 @@ class CudaKernels(DeviceTorchKernels):
     # ---- maps ---------------------------------------------------------------------------------------------------
 
     def __init__(self) -> None:
-        self._graphs = GraphedPlans(self._plan)
+        self._graphs = GraphedPlans(_plan)
 
     def turn(self) -> None:
         self._graphs.turn()
@@ -81,86 +81,8 @@ class CudaKernels(DeviceTorchKernels):
         plan = self._graphs.plan(values, offsets, tables, slots, use, ahead)
         if plan is None:
             number = torch.full((1,), use, dtype=torch.int32, device=values.device)
-            plan = self._plan(values, offsets, tables, slots, number)
+            plan = _plan(values, offsets, tables, slots, number)
         return plan
-
-    def _plan(
-        self, values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: torch.Tensor
-    ) -> DevicePlan:
-        """`use`: int32[1], on the device."""
-        device, size, num_bags = values.device, values.numel(), offsets.numel() - 1
-        num_tables, absent = tables.rows.numel(), slots.num_rows
-        counters = torch.zeros(6 + 4 * num_tables, dtype=torch.int64, device=device)
-        found, counts = counters[:5], counters[6:].view(num_tables, 4)
-        keys = torch.empty(size, dtype=slots.number, device=device)
-        padded = -(-size // 4) * 4  # every array starts at a multiple of 16 bytes
-        numbers = torch.empty(5 * padded + 1, dtype=torch.int32, device=device)
-        starts = numbers[4 * padded :]
-        arrays = numbers[: 4 * padded].view(4, padded)[:, :size]
-        bag_of_position, is_head, unique_of_position, slot_of_unique = arrays.unbind()
-        bags_per_table = max(num_bags // num_tables, 1)
-        launch(
-            index.number_ids,
-            _programs(max(size, num_bags, 1), BLOCK),
-            (
-                values,
-                offsets,
-                tables.rows,
-                tables.starts,
-                tables.padding,
-                keys,
-                bag_of_position,
-                found,
-                counts,
-                size,
-                num_bags,
-                bags_per_table,
-                absent,
-            ),
-            {"STEPS": _steps(num_bags) + 1, "BLOCK": BLOCK},
-        )
-        if not size:
-            order = torch.empty(0, dtype=torch.int64, device=device)
-            starts.zero_()
-            return DevicePlan(order, starts, unique_of_position, bag_of_position, keys, slot_of_unique, found, counts)
-        keys, order = torch.sort(keys, stable=True)
-        grid = _programs(size, BLOCK)
-        launch(index.mark_heads, grid, (keys, is_head, size, absent), {"BLOCK": BLOCK})
-        heads_up_to = torch.cumsum(is_head, 0, dtype=torch.int32)
-        id_of_unique = torch.empty(size, dtype=slots.number, device=device)
-        launch(
-            index.number_uniques,
-            grid,
-            (keys, order, heads_up_to, unique_of_position, id_of_unique, starts, size, absent),
-            {"BLOCK": BLOCK},
-        )
-        launch(
-            index.probe_uniques,
-            grid,
-            (
-                slots.entries,
-                slots.id_of_slot,
-                slots.last_use,
-                slots.uses,
-                id_of_unique,
-                starts,
-                heads_up_to,
-                tables.starts,
-                slot_of_unique,
-                found,
-                counts,
-                use,
-                size,
-                num_tables,
-                slots.num_buckets,
-                slots.slot_bits,
-            ),
-            {"COUNT_USES": slots.counts_uses, "STEPS": _steps(num_tables) + 1, "BLOCK": BLOCK},
-        )
-        zeros = torch.zeros(_work_size(size), dtype=torch.int32, device=device)
-        return DevicePlan(
-            order, starts, unique_of_position, bag_of_position, id_of_unique, slot_of_unique, found, counts, zeros
-        )
 
     def find(self, ids: torch.Tensor, slots: DeviceSlots) -> torch.Tensor:
         found = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
@@ -476,6 +398,85 @@ class CudaKernels(DeviceTorchKernels):
         if records.dtype != torch.float32:
             return super().update_adam(records, dim, slots, grads, beta1, beta2, eps, step_size)
         self._update("adam", records, dim, slots, grads, beta1, beta2, eps, step_size)
+
+
+def _plan(
+    values: torch.Tensor, offsets: torch.Tensor, tables: Tables, slots: DeviceSlots, use: torch.Tensor
+) -> DevicePlan:
+    """`use`: int32[1], on the device."""
+    device, size, num_bags = values.device, values.numel(), offsets.numel() - 1
+    num_tables, absent = tables.rows.numel(), slots.num_rows
+    counters = torch.zeros(6 + 4 * num_tables, dtype=torch.int64, device=device)
+    found, counts = counters[:5], counters[6:].view(num_tables, 4)
+    keys = torch.empty(size, dtype=slots.number, device=device)
+    padded = -(-size // 4) * 4  # every array starts at a multiple of 16 bytes
+    numbers = torch.empty(5 * padded + 1, dtype=torch.int32, device=device)
+    starts = numbers[4 * padded :]
+    arrays = numbers[: 4 * padded].view(4, padded)[:, :size]
+    bag_of_position, is_head, unique_of_position, slot_of_unique = arrays.unbind()
+    bags_per_table = max(num_bags // num_tables, 1)
+    launch(
+        index.number_ids,
+        _programs(max(size, num_bags, 1), BLOCK),
+        (
+            values,
+            offsets,
+            tables.rows,
+            tables.starts,
+            tables.padding,
+            keys,
+            bag_of_position,
+            found,
+            counts,
+            size,
+            num_bags,
+            bags_per_table,
+            absent,
+        ),
+        {"STEPS": _steps(num_bags) + 1, "BLOCK": BLOCK},
+    )
+    if not size:
+        order = torch.empty(0, dtype=torch.int64, device=device)
+        starts.zero_()
+        return DevicePlan(order, starts, unique_of_position, bag_of_position, keys, slot_of_unique, found, counts)
+    keys, order = torch.sort(keys, stable=True)
+    grid = _programs(size, BLOCK)
+    launch(index.mark_heads, grid, (keys, is_head, size, absent), {"BLOCK": BLOCK})
+    heads_up_to = torch.cumsum(is_head, 0, dtype=torch.int32)
+    id_of_unique = torch.empty(size, dtype=slots.number, device=device)
+    launch(
+        index.number_uniques,
+        grid,
+        (keys, order, heads_up_to, unique_of_position, id_of_unique, starts, size, absent),
+        {"BLOCK": BLOCK},
+    )
+    launch(
+        index.probe_uniques,
+        grid,
+        (
+            slots.entries,
+            slots.id_of_slot,
+            slots.last_use,
+            slots.uses,
+            id_of_unique,
+            starts,
+            heads_up_to,
+            tables.starts,
+            slot_of_unique,
+            found,
+            counts,
+            use,
+            size,
+            num_tables,
+            slots.num_buckets,
+            slots.slot_bits,
+        ),
+        {"COUNT_USES": slots.counts_uses, "STEPS": _steps(num_tables) + 1, "BLOCK": BLOCK},
+    )
+    zeros = torch.zeros(_work_size(size), dtype=torch.int32, device=device)
+    return DevicePlan(
+        order, starts, unique_of_position, bag_of_position, id_of_unique, slot_of_unique, found, counts, zeros
+    )
 
 
 def _most_long(size: int) -> tuple[int, int]:

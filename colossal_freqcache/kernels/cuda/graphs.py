@@ -7,6 +7,7 @@ it does. Where another stream plans ahead, it waits for what had been launched a
 graph is used again there only if its plan was dead by then: `turn` is that moment.
 """
 
+import gc
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -35,8 +36,15 @@ class _Graph:
         self._plan: Callable[[], DevicePlan | None] = lambda: None
         self.was_free = False  # at the last turn
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = plan(*self._inputs, tables, slots, self._use)
+        # What garbage collection would free meanwhile (another graph, pinned pages) may not be freed during a capture.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._result = plan(*self._inputs, tables, slots, self._use)
+        finally:
+            if collects:
+                gc.enable()
 
     @property
     def is_free(self) -> bool:
