@@ -18,6 +18,7 @@ Times are of CUDA events or of the wall clock around many steps, medians. Shapes
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY 
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from harness import command_line, describe_machine, markdown_table  # noqa: E402
+from harness import describe_machine, markdown_table  # noqa: E402
 from load import make_world  # noqa: E402
 from model import DLRM, PlainTables  # noqa: E402
 from torch import nn  # noqa: E402
@@ -464,6 +465,12 @@ def render(found: dict[str, Any]) -> str:
     )
 
 
+def _settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """The arguments that differ from their defaults, but for the folder."""
+    changed = [name for name in ("quick", "suites", "optimizers") if getattr(args, name) != parser.get_default(name)]
+    return [part for name in changed for part in (f"--{name}", getattr(args, name)) if part is not True]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
@@ -478,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
 
     properties = torch.cuda.get_device_properties(0)
     found: dict[str, Any] = {
-        "command": command_line("benchmarks/gpu.py", sys.argv[1:] if argv is None else argv),
+        "command": shlex.join(["python", "benchmarks/gpu.py", "--out", "OUT", *_settings(args, parser)]),
         "gpu": {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)},
         "machine": describe_machine([torch, triton, np]),
         "ceilings_gb_per_s": ceilings(1 << (28 if args.quick else 31)),

@@ -1,9 +1,9 @@
-"""A long random walk of a device cache with interpreted Triton kernels; a file of its own, since it takes a minute or two.
+"""A long random walk of a device cache with interpreted Triton kernels: a file of its own, since it takes a while.
 
     python -m pytest tests/test_device_walk.py
 
-Proves: over 1,000 random operations (training in parts, two graphs alive, evaluations, prefetches, flushes, bad batches)
-every output is the plain table's, what is refused changes nothing, and all invariants hold.
+Proves: over 1,000 random operations (training in parts, two graphs alive, evaluations, prefetches, flushes, batches
+that are refused) every output is the plain table's, what is refused changes nothing, and all invariants hold.
 """
 
 import device_worlds
