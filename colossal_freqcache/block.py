@@ -283,7 +283,8 @@ class CachedWeight:
                 if (slots.data_ptr(), slots.numel()) == self._made_slots:  # asking the device would be waiting for it
                     grad._coalesced_(True)
                 else:
-                    parameter.grad = _merged(grad)
+                    parameter.grad = merged = _merged(grad)
+                    self._made_slots = merged._indices()[0].data_ptr(), merged._nnz()
             elif (slots[1:] > slots[:-1]).all():
                 grad._coalesced_(True)
 
@@ -412,7 +413,7 @@ class CachedWeight:
         again = self._is_stepped() and self._moves_at_step == self.cache.moves
         # A pin may be that of a batch that comes next, and of another row: without a token, nothing may have moved.
         held = not slots.numel() or bool(self._spent) or self.cache.moves == self._moves_at_backward
-        if not again and (self._is_stepped(grad) or not held or not self.cache.rows_stay(slots)):
+        if not again and (self._is_stepped(grad) or not held or not self._rows_stay(grad, slots)):
             raise RuntimeError(
                 "this gradient was stepped, or taken out of .grad, before a later forward, and rows have moved since: "
                 "its slots hold other rows now. Call zero_grad() after step(), and step before the next forward"
@@ -422,6 +423,13 @@ class CachedWeight:
                 "the gradient of a cached table must stay coalesced (sorted, unique slots), or its sums would depend "
                 "on where rows sit; scale it in place (grad.mul_) instead of adding sparse tensors to it"
             )
+
+    def _rows_stay(self, grad: torch.Tensor, slots: torch.Tensor) -> bool:
+        """Whether the rows that stood in the gradient's slots when it was made are still there."""
+        made = grad._indices()[0]
+        if self.cache.on_device and (made.data_ptr(), made.numel()) == self._made_slots:
+            return True  # it is the last backward's, whose rows are held; the device need not be asked
+        return self.cache.rows_stay(slots, [token.slots for token in self._spent])
 
     def step(self, group: dict, step: int, scale: float = 1.0) -> None:
         """Applies the rule to the rows of the checked `.grad` divided by `scale`, as step number `step` (from 1)."""

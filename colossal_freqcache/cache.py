@@ -241,8 +241,8 @@ class RowCache:
         """The records in `slots` are about to differ from the store's."""
         self.slots.mark(slots.numpy(), SlotTable.DIRTY)
 
-    def rows_stay(self, slots: torch.Tensor) -> bool:
-        """Whether all of `slots` (int64[n]) are pinned."""
+    def rows_stay(self, slots: torch.Tensor, holds: list) -> bool:
+        """Whether all of `slots` (int64[n]) are pinned; holds: of the graphs whose gradient it may be."""
         return self.slots.are_pinned(slots.numpy())
 
     def rows_in(self, slots: torch.Tensor) -> torch.Tensor:

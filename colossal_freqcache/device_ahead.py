@@ -150,10 +150,10 @@ class DeviceAhead:
         """Whether the current batch is the one with these `values`, and its hits and misses were counted."""
         return self._current is not None and self._current.values is values and self._current.is_counted
 
-    def find(self, source: tuple | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(values, offsets) on the device of the current batch, if they were made from `source`."""
+    def find(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(values, offsets) on the device of the current batch, if they were made from what is given."""
         batch = self._current
-        if batch is None or source is None or getattr(batch.values, "_freqcache_source", None) != source:
+        if batch is None or not getattr(batch.values, "_freqcache_seen", lambda *_: False)(*given):
             return None
         return batch.values, batch.offsets
 
@@ -177,7 +177,7 @@ class DeviceAhead:
     def released(self, use: int) -> None:
         """Somebody holds the rows of batch `use` no more. If it was trained after the next one was handed out, the side
         has to wait for that, too."""
-        if self._current is not None and self._current.use > use:
+        if self._current is not None and (not self._current.use or self._current.use > use):
             self._reached = None
 
     def let_go_of_farthest(self) -> bool:

@@ -39,13 +39,14 @@ STRATEGIES = {EvictionStrategy.DATASET: "dataset", EvictionStrategy.LRU: "lru", 
 class Hold:
     """Rows that must stay: those that batch number `use` has used, in `slots` (int32[U]).
 
+    plan: whose memory `slots` may be, and which is not used again while anybody refers to it.
     unique_before: unique rows of all batches before it.
     """
 
-    __slots__ = ("slots", "unique_before", "use")
+    __slots__ = ("plan", "slots", "unique_before", "use")
 
-    def __init__(self, use: int, slots: torch.Tensor, unique_before: int) -> None:
-        self.use, self.slots, self.unique_before = use, slots, unique_before
+    def __init__(self, use: int, slots: torch.Tensor, plan: DevicePlan, unique_before: int) -> None:
+        self.use, self.slots, self.plan, self.unique_before = use, slots, plan, unique_before
 
     def numel(self) -> int:
         """U."""
@@ -146,7 +147,7 @@ class DeviceCache(RowCache):
         self.mailboxes: list[Mailbox] = []  # that nobody waits for
         self._last_use = 0
         self._held: dict[int, int] = {}  # number of a batch -> how often it is held
-        self._slots_of_use: dict[int, torch.Tensor] = {}
+        self._hold_of_use: dict[int, Hold] = {}
         self._unique_before: dict[int, int] = {}  # unique rows of all batches before that number
         self._num_unique = self._last_unique = 0
         self._uncounted: list[Planned] = []  # planned, and not in `_num_unique`
@@ -220,6 +221,7 @@ class DeviceCache(RowCache):
         """As RowCache.prepare; all tensors on the device. The caller gives `hold` to `unpin`."""
         ready = self.ahead.take(values) if counted else None
         if ready is not None:
+            self._end_used_prefetch()
             return ready
         self.ahead.interrupt()
         prepaid = None if self._prefetched is None else self._waiting_for_use(self._prepaid)
@@ -228,8 +230,7 @@ class DeviceCache(RowCache):
         lookup = self.admit(planned, counted=False)
         if counted and not self.ahead.has_counted(values):
             self._count(planned.plan, lookup.num_unique, prepaid)
-        if self._prefetched is not None and not len(self._waiting_for_use()):
-            self.end_prefetch()
+        self._end_used_prefetch()
         return lookup
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
@@ -261,6 +262,10 @@ class DeviceCache(RowCache):
         counts = planned.plan.counts.clone()
         counts[:, 0] = counts[:, 1]  # hits are the forward's
         self._device_counts += counts
+
+    def _end_used_prefetch(self) -> None:
+        if self._prefetched is not None and not self._waiting_for_use().numel():
+            self.end_prefetch()
 
     def _waiting_for_use(self, slots: torch.Tensor | None = None) -> torch.Tensor:
         """Of `slots` (default: all that the prefetch holds), those whose rows no forward has used since it. Waits."""
@@ -342,14 +347,13 @@ class DeviceCache(RowCache):
             raise
         if counted:
             self._device_counts += plan.counts
-        self._slots_of_use[planned.use] = slots
-        hold = Hold(planned.use, slots, self._unique_before[planned.use])
+        self._hold_of_use[planned.use] = hold = Hold(planned.use, slots, plan, self._unique_before[planned.use])
         return DeviceLookup(plan, hold, planned.offsets, self.table_rows.numel())
 
     def hold(self, hold: Hold) -> Hold:
         """One more holder of a batch whose rows are still resident; `hold` may have ended just now."""
         self._held[hold.use] = self._held.get(hold.use, 0) + 1
-        self._slots_of_use[hold.use] = hold.slots
+        self._hold_of_use[hold.use] = hold
         self._unique_before.setdefault(hold.use, hold.unique_before)
         return hold
 
@@ -363,7 +367,7 @@ class DeviceCache(RowCache):
         self._held[use] -= 1
         if not self._held[use]:
             del self._held[use]
-            self._slots_of_use.pop(use, None)
+            self._hold_of_use.pop(use, None)
             oldest = min(self._held, default=self._last_use + 1)
             for number in [number for number in self._unique_before if number < oldest]:
                 del self._unique_before[number]
@@ -439,11 +443,13 @@ class DeviceCache(RowCache):
 
     def _protect_exactly(self, use: int, slots: torch.Tensor) -> int:
         """Marks just the rows that are held as used by a batch from the oldest held on; returns their number. O(C)."""
+        if self._prefetched is not None:
+            self._prefetched.slots = self._waiting_for_use()  # a row that was used since may leave
         oldest = min(self._held)
         last_use = self.slots.last_use
         last_use.clamp_(max=oldest - 1)
-        for number, held in sorted(self._slots_of_use.items()):
-            last_use[held.long()] = number
+        for number, hold in sorted(self._hold_of_use.items()):
+            last_use[hold.slots.long()] = number
         last_use[slots[slots >= 0].long()] = use
         self.num_syncs += self.device.type == "cuda"
         return int((last_use[: self.slots.num_used] >= oldest).sum())
@@ -451,8 +457,10 @@ class DeviceCache(RowCache):
     def mark_dirty(self, slots: torch.Tensor) -> None:
         self.slots.dirty.index_fill_(0, slots.long(), 1)
 
-    def rows_stay(self, slots: torch.Tensor) -> bool:
-        return True  # what is held stays, and who asks has compared `moves`
+    def rows_stay(self, slots: torch.Tensor, holds: list[Hold]) -> bool:
+        if not holds:  # who asks has compared `moves`
+            return True
+        return bool(torch.isin(slots, torch.cat([hold.slots for hold in holds])).all())
 
     def rows_in(self, slots: torch.Tensor) -> torch.Tensor:
         return self.slots.row_of_slot[slots]
@@ -568,7 +576,7 @@ class DeviceCache(RowCache):
         raise AssertionError("a cache on a device does not grow")
 
     def _reset_for_clone(self) -> None:
-        self._held, self._slots_of_use, self._unique_before, self._uncounted = {}, {}, {}, []
+        self._held, self._hold_of_use, self._unique_before, self._uncounted = {}, {}, {}, []
         self._num_unique = self._last_unique = self._last_use = self.num_syncs = 0
         self._prefetched = self._pages = None
         self.mailboxes = []

@@ -44,13 +44,14 @@ class _Batch(NamedTuple):
     offsets: torch.Tensor
     weights: torch.Tensor | None
     num_offsets: int = 0  # of them, those that the caller gave
+    given: tuple = ()  # values and offsets as the caller gave them, and whether the offsets have an end
 
 
 class _CachedBags(nn.Module):
     """T tables of one width over one RowCache: what both public classes share. They differ in the shapes in and out."""
 
     _graph_input: torch.Tensor | None = None  # what autograd sees in the Parameter's place: hooks may stand between
-    _last_ends: tuple = ((), None)  # which offsets were given last, and their copy on the device
+    _last_ends: tuple = (lambda *given: False, None)  # which offsets were given last, and their copy on the device
     _looks_ahead: object = None  # the iteration of a Lookahead that says what comes next
 
     def __init__(
@@ -284,25 +285,23 @@ class _CachedBags(nn.Module):
         device, num_offsets = self._cache.device, offsets.numel()
         if weights is not None:
             weights = weights.to(device)
-        source = _Same(values), _Same(offsets), offsets_end
-        found = self._cache.ahead.find(source)
+        found = self._cache.ahead.find(values, offsets, offsets_end)
         if found is not None:
             return _Batch(*found, weights, num_offsets)
         last_offsets, ends = self._last_ends
         # numpy may have refilled those in host memory, and no version tells.
-        if offsets.device.type == "cpu" or last_offsets != (source[1:], values.numel()):
+        if offsets.device.type == "cpu" or not last_offsets(offsets, offsets_end, values.numel()):
             ends = offsets.detach().to(device, torch.int64)
             if not offsets_end:
                 ends = torch.cat([ends, ends.new_full((1,), values.numel())])
             elif ends.data_ptr() == offsets.data_ptr():
                 ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
             ends = ends.contiguous()
-            self._last_ends = (source[1:], values.numel()), ends
+            self._last_ends = _Seen(offsets, offsets_end, values.numel()), ends
         if ends.numel() == 1:  # no bag
             self._check_offsets(ends.cpu(), values.numel(), num_offsets)
         ids = values.detach().to(device, torch.int64).reshape(-1).contiguous()
-        ids._freqcache_source = source
-        return _Batch(ids, ends, weights, num_offsets)
+        return _Batch(ids, ends, weights, num_offsets, (values, offsets, offsets_end))
 
     def _check_offsets(self, offsets: torch.Tensor, num_values: int, num_given: int) -> None:
         """ValueError for offsets int64[T*B+1] that are no bounds of bags; the caller gave the first `num_given`."""
@@ -376,6 +375,7 @@ class _CachedBags(nn.Module):
             batch = self._ahead_batch(*arguments) if arguments else self._no_batch()
         if self._cache.on_device:  # which sorts them out itself
             wanted: Future = Future()
+            batch.values._freqcache_seen = _Seen(*batch.given)
             wanted.set_result((batch.values, batch.offsets, self._padding_ids))
             return wanted
         return executor.submit(
@@ -1057,16 +1057,35 @@ def _device_of(device: Any) -> torch.device:
     return device
 
 
-class _Same:
-    """A tensor, equal to one with the same memory, shape and version. Holds it, so that none else gets its memory."""
+class _Seen:
+    """Remembers tensors (and other values), and says whether others are the same, with the same contents.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self._key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-        self._version = 0 if tensor.is_inference() else tensor._version
+    In host memory, contents are compared with a copy; on a device, torch's count of changes is, since comparing would
+    be waiting (what writes there past torch is not noticed). Holds the tensors, so that none else gets their memory.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (self._key, self._version) == (other._key, other._version)
+    def __init__(self, *given: Any) -> None:
+        self._given = given
+        self._keys = [_memory_of(one) for one in given]
+        self._copies = [one.clone() if _is_on_host(one) else None for one in given]
+
+    def __call__(self, *given: Any) -> bool:
+        if len(given) != len(self._given) or [_memory_of(one) for one in given] != self._keys:
+            return False
+        return all(copy is None or torch.equal(copy, one) for copy, one in zip(self._copies, given, strict=True))
+
+
+def _is_on_host(one: Any) -> bool:
+    return isinstance(one, torch.Tensor) and one.device.type == "cpu"
+
+
+def _memory_of(one: Any) -> Any:
+    if not isinstance(one, torch.Tensor):
+        return one
+    key = (one.data_ptr(), tuple(one.shape), one.stride(), one.dtype, one.device)
+    if one.device.type == "cpu":
+        return key
+    return (*key, object() if one.is_inference() else one._version)  # inference tensors have no count: never the same
 
 
 def _check_integers(name: str, tensor: torch.Tensor) -> None:

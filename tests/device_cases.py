@@ -192,7 +192,7 @@ class Walk:
             out = self.bag(values, offsets)
         except CacheTooSmallError:
             cache = self.bag._cache
-            slots = [slots.cpu().long() for slots in cache._slots_of_use.values()]
+            slots = [hold.slots.cpu().long() for hold in cache._hold_of_use.values()]
             ids = cache.slots.id_of_slot.cpu()[torch.cat(slots)].tolist() if slots else []
             assert len({*ids, *values.tolist()}) > SLOTS
             self.refused += 1
