@@ -199,7 +199,7 @@ class DeviceCache(RowCache):
         if self.strategy not in STRATEGIES:
             raise NotImplementedError(
                 f"evict_strategy={self.strategy.value!r} on {self.device.type}: a cache on a device has "
-                f"{', '.join(repr(key) for key in STRATEGIES.values())} (others are planned); in None, it takes "
+                f"{', '.join(repr(key) for key in STRATEGIES.values())} (others are planned); with None it takes "
                 f"'dataset' with counts, else 'lru'"
             )
         self._key = STRATEGIES[self.strategy]
