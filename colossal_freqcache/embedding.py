@@ -1052,8 +1052,13 @@ def _device_of(device: Any) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(f"device={str(device)!r}: torch finds no CUDA device")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        current = torch.cuda.current_device()
+        if device.index not in (None, current):
+            raise RuntimeError(
+                f"device={str(device)!r}: kernels are launched on the current CUDA device, which is cuda:{current}; "
+                f"call torch.cuda.set_device({device.index}) first, and leave it so"
+            )
+        device = torch.device("cuda", current)
     return device
 
 
