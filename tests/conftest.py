@@ -14,6 +14,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 # Small tensors: a second thread only waits here (much longer where the machine is shared). One test compares threads.
 torch.set_num_threads(1)
 
+LONGEST_FILES = (
+    "test_launch.py",
+    "test_integration.py",
+    "test_device_cache.py",
+    "test_cuda_kernels.py",
+    "test_device_walk.py",
+)
 KERNEL_SETS = ("cpu", "torch")
 POLICIES = ("dataset", "lfu", "lru", "s3fifo", "lookahead")
 OPTIMIZERS = ("SGD", "Adagrad", "RowWiseAdagrad", "Adam")
@@ -24,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
     (Where two workers share the files, one of them would else be left with the launches at the end.)
     """
-    items.sort(key=lambda item: item.path.name not in ("test_launch.py", "test_integration.py"))
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
     for item in items:
         if "4ranks" in item.nodeid:
             item.add_marker("four_ranks")

@@ -25,6 +25,7 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_every_size_misses_the_same(tmp_path):
     results = scale.main([*TINY, "--out", str(tmp_path / "scale")])
     assert list(results["sweeps"]) == list(scale.SWEEPS)

@@ -645,6 +645,7 @@ def rank_uses_columns(rank, world_size):
     rank_uses_the_rest_of_columns(rank, world_size)
 
 
+@pytest.mark.slow
 def test_two_ranks_use_columns():
     """Even and uneven columns and shares, with and without a shape_hook; then everything else."""
     run_on_ranks(rank_uses_columns, 2)
@@ -812,6 +813,7 @@ def rank_uses_tables(rank, world_size):
     rank_uses_the_rest_of_tables(rank, world_size)
 
 
+@pytest.mark.slow
 def test_two_ranks_use_tables():
     """Tables on both ranks, then all on one of them; then everything else."""
     run_on_ranks(rank_uses_tables, 2)

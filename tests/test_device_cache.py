@@ -29,7 +29,6 @@ INTERPRETED = (
     "test_arguments_of_embedding_bag",
     "test_as_right_as_torch",
     "test_batches_without_ids",
-    "test_between_a_device_and_a_cpu",
     "test_cached_bits_are_resident_bits",
     "test_lookahead_gives_the_same_bits",
     "test_rows_moved_by_way_of_the_host",

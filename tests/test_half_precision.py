@@ -545,6 +545,7 @@ def check_ranks(rank, world_size, dtype):
     torch.testing.assert_close(weights.grad.float(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.05)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_table():
     run_on_ranks(check_ranks, 2, torch.bfloat16)
 

@@ -820,6 +820,7 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 def test_ten_thousand_evaluations_leave_nothing(ahead):
     bag = make_bag(60, evict_strategy="lookahead")
