@@ -426,8 +426,7 @@ class CachedWeight:
 
     def _rows_stay(self, grad: torch.Tensor, slots: torch.Tensor) -> bool:
         """Whether the rows that stood in the gradient's slots when it was made are still there."""
-        made = grad._indices()[0]
-        if self.cache.on_device and (made.data_ptr(), made.numel()) == self._made_slots:
+        if self.cache.on_device and (grad._indices().data_ptr(), grad._nnz()) == self._made_slots:
             return True  # it is the last backward's, whose rows are held; the device need not be asked
         return self.cache.rows_stay(slots, [token.slots for token in self._spent])
 

@@ -44,8 +44,6 @@ class _Coming:
 class DeviceAhead:
     """The batches to come, of one cache, which is a DeviceCache."""
 
-    is_moving = is_holding = False  # what RowCache asks of its own
-
     def __init__(self, cache: Any) -> None:
         self._cache = cache
         self._coming: deque[_Coming] = deque()

@@ -4,9 +4,8 @@ Shapes: N ids in a batch (repeats), U unique rows, C slots, R rows, D embedding 
 Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weight` alone differs: it is the cache block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from copy import copy as shallow_copy
 from copy import deepcopy
 from numbers import Integral
@@ -206,8 +205,7 @@ class _CachedBags(nn.Module):
 
         def prepare() -> Lookup:
             self._cached_weight.settle()
-            with self._explained(batch):
-                return cache.prepare(batch.values, batch.offsets, self._padding_ids)
+            return self._asked(cache.prepare, batch)
 
         lookup = self._placement.together(prepare, lambda lookup: cache.unpin(lookup.hold))
         if self.max_norm is not None:
@@ -226,11 +224,10 @@ class _CachedBags(nn.Module):
                 raise
         return lookup
 
-    @contextmanager
-    def _explained(self, batch: _Batch) -> Iterator[None]:
-        """Where a device finds bad offsets, says what is wrong with them."""
+    def _asked(self, call: Callable[..., Any], batch: _Batch) -> Any:
+        """call(batch) of the cache; where a device finds bad offsets, says what is wrong with them."""
         try:
-            yield
+            return call(batch.values, batch.offsets, self._padding_ids)
         except BadOffsetsError:
             self._check_offsets(batch.offsets.cpu(), batch.values.numel(), batch.num_offsets)
             raise
@@ -343,8 +340,7 @@ class _CachedBags(nn.Module):
     def _prefetch(self, batch: _Batch) -> None:
         def prefetch() -> None:
             self._cached_weight.settle()
-            with self._explained(batch):
-                self._cache.prefetch(batch.values, batch.offsets, self._padding_ids)
+            self._asked(self._cache.prefetch, batch)
 
         with self._cached_weight.lock, plain_mode():
             self._placement.together(prefetch)
@@ -575,7 +571,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
             `padding_idx` is an id.
         sparse: accepted for compatibility; rows are trained sparsely in any case.
         _weight: (R, D) initial weights in id order; copied.
-        device: None or "cpu".
+        device: where the cache is: None or "cpu", or "cuda" (the table stays in host memory).
         dtype: torch.float32, float64, bfloat16 or float16; None: torch's default. Rows of 16 bits are computed in
             float32, and their updates rounded stochastically: see docs/architecture.md.
         cache_ratio, num_slots, max_cache_bytes, warmup_ratio, evict_strategy, optimizer, store, kernels, rounding_seed:
