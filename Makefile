@@ -86,7 +86,9 @@ bench: $(STAMP_BENCH)
 	$(VENV)/bin/python benchmarks/moves.py $(BENCH_ARGS)
 	$(VENV)/bin/python benchmarks/start_up.py $(BENCH_ARGS)
 	$(VENV)/bin/python benchmarks/scale.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/lookahead.py $(BENCH_ARGS)
 	$(VENV)/bin/python benchmarks/end_to_end.py $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/policies.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

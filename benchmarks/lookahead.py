@@ -1,6 +1,6 @@
 """How much of a fetch's time Lookahead hides behind training.
 
-    .venv/bin/python benchmarks/lookahead.py [--fetch-ms 2] [--blocks 12] [--threads 1]
+    .venv/bin/python benchmarks/lookahead.py [--fetch-ms 2] [--blocks 12] [--threads 1] [--scale 0.1]
 
 A bag and a small MLP are trained on a synthetic stream, one id a sample, with and without Lookahead (window 16, depth
 1, policy "lookahead" in both), over a store as it is and over one whose every read takes `--fetch-ms` longer, asleep.
@@ -12,17 +12,24 @@ is timed), and the first two steps of a block do not count.
 by the medians of the times of a step, `next` on the loader included.
 """
 
-import argparse
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from harness import REPOSITORY, command_line, describe_machine, markdown_table, summary, write_results
+from harness import (
+    REPOSITORY,
+    argument_parser,
+    command_line,
+    default_out,
+    describe_machine,
+    markdown_table,
+    summary,
+    write_results,
+)
 from torch import nn
 
 sys.path.insert(0, str(REPOSITORY))
@@ -81,9 +88,9 @@ class Contender:
         self.optimizer.zero_grad()
 
 
-def measure(fetch_ms: float, blocks: int) -> dict[str, Any]:
+def measure(fetch_ms: float, blocks: int, seed: int = 0) -> dict[str, Any]:
     """{"times": {contender: ms of each step}, "reads": {contender: [in the background, all]}, "hidden": share}."""
-    stream = TableStream(NUM_ROWS, PRESETS["kaggle"].fit(3), seed=0)
+    stream = TableStream(NUM_ROWS, PRESETS["kaggle"].fit(3), seed=seed)
     steps = blocks * BLOCK_STEPS
     batches = [torch.from_numpy(stream.draw(BATCH_SIZE)).view(-1, 1) for _ in range(steps)]
     contenders = {
@@ -117,15 +124,16 @@ def measure(fetch_ms: float, blocks: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "the blocks")
     parser.add_argument("--fetch-ms", type=float, default=2.0)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "lookahead")
     args = parser.parse_args(arguments)
+    if args.out is None:
+        args.out = default_out("lookahead", parser, args, "scale", "fetch_ms", "blocks", "threads")
     torch.set_num_threads(args.threads)
     machine = describe_machine([torch, numba, np])
-    found = measure(args.fetch_ms, args.blocks)
+    found = measure(args.fetch_ms, max(1, round(args.scale * args.blocks)), args.seed)
     command = command_line("benchmarks/lookahead.py", sys.argv[1:] if arguments is None else arguments)
     results = {"command": command, "threads": args.threads, "fetch_ms": args.fetch_ms, "machine": machine, **found}
     rows = [
