@@ -23,6 +23,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -41,7 +42,9 @@ __all__ = [
     "OPTIMIZERS",
     "PEERS",
     "Torch",
+    "colossal_bag",
     "cuda_calls_redirected",
+    "fbgemm_tables",
     "initial_weights",
     "installed_versions",
 ]
@@ -175,31 +178,39 @@ class Torch(Contender):
         return self.module.weight.detach()[first:last]
 
 
+def fbgemm_tables(
+    table_sizes: Sequence[int], dim: int, name: str, location: str = "HOST", device: str = "CPU", **options: Any
+) -> nn.Module:
+    """FBGEMM's table-batched embedding: its EmbeddingLocation and ComputeDevice by name, the optimizer by ours."""
+    logging.disable(logging.WARNING)  # it looks for parts that its CPU build leaves out
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    logging.disable(logging.NOTSET)
+    optimizers = {"sgd": "EXACT_SGD", "rowwise_adagrad": "EXACT_ROWWISE_ADAGRAD", "adam": "ADAM"}
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, dim, EmbeddingLocation[location], ComputeDevice[device]) for rows in table_sizes],
+        optimizer=EmbOptimType[optimizers[name]],
+        learning_rate=LEARNING_RATE,
+        eps=EPSILON,
+        weights_precision=SparseType.FP32,
+        output_dtype=SparseType.FP32,
+        pooling_mode=PoolingMode.SUM,
+        **options,
+    )
+
+
 class Fbgemm(Contender):
     optimizers = ("sgd", "rowwise_adagrad")
     distribution = "fbgemm-gpu-cpu"
 
     def __init__(self, name: str, world: World, initial: torch.Tensor, num_slots: int, grad: torch.Tensor) -> None:
         super().__init__(grad)
-        logging.disable(logging.WARNING)  # it looks for parts that its CPU build leaves out
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-
-        logging.disable(logging.NOTSET)
-        dim = initial.shape[1]
-        self.module = SplitTableBatchedEmbeddingBagsCodegen(
-            [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in world.table_sizes],
-            optimizer={"sgd": EmbOptimType.EXACT_SGD, "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}[name],
-            learning_rate=LEARNING_RATE,
-            eps=EPSILON,
-            weights_precision=SparseType.FP32,
-            output_dtype=SparseType.FP32,
-            pooling_mode=PoolingMode.SUM,
-        )
+        self.module = fbgemm_tables(world.table_sizes, initial.shape[1], name)
         self.weight = self.module.weights_host.detach().view(initial.shape)  # the tables laid end to end
         self.weight.copy_(initial)
 
@@ -213,30 +224,35 @@ class Fbgemm(Contender):
         return self.weight[first:last]
 
 
+def colossal_bag(weight: torch.Tensor, num_slots: int, counts: torch.Tensor) -> nn.Module:
+    """Colossal-AI's CachedEmbeddingBag, with the slots and counts of ours; `weight` is its host copy."""
+    with warnings.catch_warnings():  # of its optional packages and deprecated decorators
+        warnings.simplefilter("ignore")
+        from colossalai.legacy.nn.parallel.layers.cache_embedding import CachedEmbeddingBag, EvictionStrategy
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return CachedEmbeddingBag(
+            *weight.shape,
+            mode="sum",
+            sparse=True,
+            _weight=weight,
+            cache_ratio=(num_slots + 0.5) / weight.shape[0],  # it takes the whole part of ratio * rows
+            ids_freq_mapping=counts,
+            warmup_ratio=1.0,
+            evict_strategy=EvictionStrategy.DATASET,
+        )
+
+
 class Colossal(Contender):
     optimizers = ("sgd",)
     distribution = "colossalai"
 
     def __init__(self, name: str, world: World, initial: torch.Tensor, num_slots: int, grad: torch.Tensor) -> None:
         super().__init__(grad)
-        with warnings.catch_warnings():  # of its optional packages and deprecated decorators
-            warnings.simplefilter("ignore")
-            from colossalai.legacy.nn.parallel.layers.cache_embedding import CachedEmbeddingBag, EvictionStrategy
-
         # Its rows are in the order of the counts, which it does not bring a given weight into: the caller has to.
         counts = torch.from_numpy(world.counts)
         id_of_row = torch.argsort(counts, descending=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.module = CachedEmbeddingBag(
-                *initial.shape,
-                mode="sum",
-                sparse=True,
-                _weight=initial[id_of_row],
-                cache_ratio=(num_slots + 0.5) / world.num_rows,  # it takes the whole part of ratio * rows
-                ids_freq_mapping=counts,
-                warmup_ratio=1.0,
-                evict_strategy=EvictionStrategy.DATASET,
-            )
+        self.module = colossal_bag(initial[id_of_row], num_slots, counts)
         manager = self.module.cache_weight_mgr
         assert manager.cuda_row_num == num_slots and torch.equal(manager.idx_map[id_of_row], torch.arange(len(counts)))
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=LEARNING_RATE)

@@ -1,9 +1,9 @@
 """The cached step on a CUDA device, against tables that lie in its memory and against rows gathered from the host.
 
-    python benchmarks/gpu.py --out results_folder          # both suites, about four minutes on an H100 or H200
+    python benchmarks/gpu.py --out results_folder          # all suites, about four minutes on an H100 or H200
     python benchmarks/gpu.py --out /tmp/trial --quick      # a tenth of the rows and few steps: does it run?
 
-Self-contained: torch, triton, numba and numpy, from a bare checkout. Two suites:
+Self-contained: torch, triton, numba and numpy, from a bare checkout. Suites:
 
 power     10 tables x 128 float32, one id a bag, 104,857 samples: 1,048,570 ids a step, drawn by a power law of 1.05
           over 26.84 million ranks a table (as in dynamicemb's published benchmark), which are folded onto the tables'
@@ -11,12 +11,16 @@ power     10 tables x 128 float32, one id a bag, 104,857 samples: 1,048,570 ids 
           cache holds all rows that the steps touch (1.0), or 0.8 of them. The output's gradient is fixed.
 dlrm      A DLRM over the shape of Criteo's Kaggle set (26 tables, 33.76 million rows) with 128 columns, batch 16,384,
           cache 1.5 % of the rows, with and without looking 4 batches ahead; synthetic, calibrated ids.
+peers     The steps of `power` by FBGEMM (all rows in HBM, and its UVM caching) and by Colossal-AI's CachedEmbeddingBag
+          (SGD), where they are installed.
+graph     The SGD step of `power` with all rows resident, captured as one CUDA graph and replayed.
 
 Rows start at zero: a store of tens of GiB that nobody has to fill; no time depends on the values.
 Times are of CUDA events or of the wall clock around many steps, medians. Shapes: B samples, T tables, N ids, D columns.
 """
 
 import argparse
+import importlib.util
 import json
 import shlex
 import statistics
@@ -31,6 +35,7 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples" / "dlrm")]
 
+import contenders  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from harness import describe_machine, markdown_table  # noqa: E402
@@ -297,6 +302,88 @@ def power_suite(rows: int, samples: int, iterations: int, names: list[str], resu
     return facts
 
 
+class PowerWorld(NamedTuple):
+    """What the suites `peers` and `graph` train on: as `power_suite`."""
+
+    batches: list[Batch]
+    turns: list[Batch]
+    rows: int
+    grad: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, samples: int, iterations: int) -> "PowerWorld":
+        batches = power_batches(16, rows, samples, seed=0)
+        turns = [batches[number % len(batches)] for number in range(iterations)]
+        return cls(batches, turns, rows, torch.randn(samples, POWER_TABLES, DIM, device="cuda"))
+
+    def measure(self, what: str, size: str, name: str, step: Callable[[Batch], None]) -> dict[str, Any]:
+        calls = [lambda batch=batch: step(batch) for batch in self.turns]
+        for call in calls[:16]:
+            call()
+        times = event_ms(calls)
+        row = {"suite": "power", "what": what, "cache": size, "optimizer": name, "min_ms": min(times)}
+        row |= {"ms": statistics.median(times), "p80_ms": float(np.percentile(times, 80))}
+        print(f"power {what} {size} {name}: {row['ms']:.3f} ms")
+        return row
+
+
+def peers_suite(world: PowerWorld, names: list[str], results: list[dict]) -> dict[str, Any]:
+    """{peer: whether it is installed}"""
+    facts = {name: importlib.util.find_spec(name) is not None for name in ("fbgemm_gpu", "colossalai")}
+    sizes = [world.rows] * POWER_TABLES
+    touched = torch.cat([batch.joined for batch in world.batches]).unique().numel()
+    ends = torch.arange(world.batches[0].values.numel() + 1, device="cuda")
+    if facts["fbgemm_gpu"]:
+        for name in names:
+            for size in ("all", "1.0", "0.8"):
+                options = {} if size == "all" else {"cache_load_factor": float(size) * touched / sum(sizes)}
+                location = "DEVICE" if size == "all" else "MANAGED_CACHING"
+                tables = contenders.fbgemm_tables(sizes, DIM, name, location, "CUDA", **options)
+
+                def step(batch: Batch, tables: Any = tables) -> None:
+                    tables(batch.values, ends).view(world.grad.shape).backward(world.grad)
+
+                results.append(world.measure(f"FBGEMM, {location}", size, name, step))
+                del tables, step
+                torch.cuda.empty_cache()
+    if facts["colossalai"] and "sgd" in names:
+        counts = torch.bincount(torch.cat([batch.joined for batch in world.batches]), minlength=sum(sizes)).cpu()
+        for size in ("1.0", "0.8"):
+            bag = contenders.colossal_bag(torch.zeros(sum(sizes), DIM), int(touched * float(size)), counts)
+            optimizer = torch.optim.SGD(bag.parameters(), lr=0.01)
+            flat = world.grad.reshape(-1, DIM)
+
+            def step(batch: Batch, bag: Any = bag, optimizer: Any = optimizer, flat: torch.Tensor = flat) -> None:
+                bag(batch.joined, ends[:-1]).backward(flat)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            results.append(world.measure("Colossal-AI's CachedEmbeddingBag", size, "sgd", step))
+    return facts
+
+
+def graph_suite(world: PowerWorld, results: list[dict]) -> None:
+    touched = torch.cat([batch.joined for batch in world.batches]).unique().numel()
+    tables, make = cached_tables(world.rows, touched, "sgd", None)
+    optimizer = make(tables.parameters(), lr=0.01, fused=True)
+    train = cached_step(tables, optimizer, world.grad)
+    for batch in world.batches:  # makes every row resident, and compiles the kernels
+        train(batch)
+    values = world.batches[0].values.clone()
+    static = world.batches[0]._replace(values=values)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(static)
+
+    def step(batch: Batch) -> None:
+        values.copy_(batch.values)
+        graph.replay()
+
+    row, change = counted(tables, lambda: world.measure("ours, fused, replayed from a CUDA graph", "1.0", "sgd", step))
+    row |= {key: change[key] for key in ("hit_ratio", "misses_unique", "syncs")}
+    results.append(row | {"device_bytes": tables.device_bytes()})
+
+
 def host_gather(batches: list[Batch], rows: int, turns: list[Batch]) -> dict[str, Any]:
     """No cache: each step's rows come from pinned host memory and go back; the moves alone."""
     tables, _ = cached_tables(rows, 1000, "sgd", None)
@@ -458,7 +545,8 @@ def render(found: dict[str, Any]) -> str:
     return (
         f"# The cached step on a GPU\n\n`{found['command']}`\n\n{markdown_table(header, lines)}\n\n"
         f"{found['gpu']['name']}, {found['gpu']['memory_gib']} GiB; ceilings, GB/s: {ceiling}. "
-        f"power: {found['power']}. dlrm: {found['dlrm']}. {found['machine']['cpu']}, "
+        f"power: {found['power']}. dlrm: {found['dlrm']}. "
+        f"Peers that are installed: {found['peers']}. {found['machine']['cpu']}, "
         f"{found['machine']['cores']} cores, {found['machine']['versions']}, "
         f"commit {found['machine']['commit']}. Published: one H100-80GB, dynamicemb's "
         "benchmark_results.json, 26.84 M rows a table. Phases, bytes and bandwidths are in the JSON file beside.\n"
@@ -475,7 +563,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rows, few steps")
-    parser.add_argument("--suites", default="power,dlrm")
+    parser.add_argument("--suites", default="power,dlrm,peers,graph")
     parser.add_argument("--optimizers", default="sgd,adam")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -491,23 +579,37 @@ def main(argv: list[str] | None = None) -> int:
         "ceilings_gb_per_s": ceilings(1 << (28 if args.quick else 31)),
         "power": None,
         "dlrm": None,
+        "peers": None,
         "results": [],
     }
     print(found["gpu"], found["ceilings_gb_per_s"])
     rows, samples, iterations = (100_000, 10_485, 16) if args.quick else (1_000_000, POWER_SAMPLES, 48)
+    names = args.optimizers.split(",")
     if "power" in args.suites:
-        names = args.optimizers.split(",")
         found["power"] = power_suite(rows, samples, iterations, names, found["results"])
         torch.cuda.empty_cache()
+        _write(args.out, found)
     if "dlrm" in args.suites:
         scale, steps, rounds = (0.05, 10, 1) if args.quick else (1.0, 40, 3)
         found["dlrm"] = dlrm_suite(scale, steps, rounds, found["results"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    report = render(found)
-    (args.out / "gpu.md").write_text(report)
-    print(report)
+        torch.cuda.empty_cache()
+        _write(args.out, found)
+    world = PowerWorld.make(rows, samples, iterations)
+    if "peers" in args.suites:
+        found["peers"] = peers_suite(world, names, found["results"])
+        _write(args.out, found)
+    if "graph" in args.suites:
+        graph_suite(world, found["results"])
+        _write(args.out, found)
+    print((args.out / "gpu.md").read_text())
     return 0
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    """After every suite: what one has measured is kept if a later one fails."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "gpu.md").write_text(render(found))
 
 
 if __name__ == "__main__":

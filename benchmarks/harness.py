@@ -5,6 +5,7 @@ Knows nothing of embedding tables. Times are milliseconds of wall clock.
 
 import argparse
 import cProfile
+import gc
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ __all__ = [
     "REPOSITORY",
     "Stopwatch",
     "argument_parser",
+    "collect_down_to",
     "command_line",
     "conclude",
     "default_out",
@@ -41,6 +43,7 @@ __all__ = [
     "peak_gib",
     "print_profile",
     "ratio_of",
+    "resident_gib",
     "restart_with_huge_pages",
     "spread",
     "summary",
@@ -217,6 +220,31 @@ def _commit() -> str:
 def peak_gib() -> float:
     """The most memory this process has had resident so far, GiB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def resident_gib() -> float:
+    """The memory that this process has resident now, GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+def collect_down_to(most_gib: float, attempts: int = 30) -> None:
+    """Collects garbage until no more than `most_gib` is resident; waits a second between attempts.
+
+    Raises:
+        RuntimeError: it stays above that; says which large tensors are alive.
+    """
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(1)
+        gc.collect()
+        if resident_gib() <= most_gib:
+            return
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.nbytes > 1 << 28]
+    raise RuntimeError(
+        f"{resident_gib():.1f} GiB are resident, {most_gib:.1f} were expected; large tensors alive: "
+        f"{[(tuple(each.shape), each.dtype, [type(one) for one in gc.get_referrers(each)]) for each in tensors]}"
+    )
 
 
 # ---- results --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ Shapes: B samples, T tables, N = B * T ids in a batch, D embedding width, R rows
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -44,6 +43,7 @@ from harness import (
     HUGE_PAGES,
     Stopwatch,
     argument_parser,
+    collect_down_to,
     conclude,
     default_out,
     describe_machine,
@@ -52,6 +52,7 @@ from harness import (
     markdown_table,
     print_profile,
     ratio_of,
+    resident_gib,
     restart_with_huge_pages,
     spread,
     summary,
@@ -71,6 +72,7 @@ BUDGETS = {  # (optimizer, peer): our median over the peer's, at full scale
     ("sgd", "colossal"): 0.20,
 }
 VARIANTS = ("ours", "ours+lookahead")
+LEFT_GIB = 1.0  # what a run may leave resident beside its tables: compiled code, buffers that are used again
 # Per sqrt(1 + look-ups of the row): torch's SGD adds a row's gradients to it one by one, we add them up first.
 # One update of a row that was looked up once is about 250 times that.
 TOLERANCE = 2e-6
@@ -198,7 +200,6 @@ def run_group(
     Raises:
         RuntimeError: hits or misses are not the expected ones, or the trained tables differ.
     """
-    gc.collect()  # the tables of the run before sit in reference cycles
     per_block = args.dropped + args.steps
     num_trained = per_block * len(args.threads)
     with cuda_calls_redirected() if "colossal" in peers else contextlib.nullcontext():
@@ -480,11 +481,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         simulate(world, row_of_id, num_slots, num_trained, belady=True)[1],
     )
     del row_of_id
+    without_tables = resident_gib()
     runs: list[dict[str, Any]] = []
     for optimizer in args.optimizers:
         peers = [peer for peer in args.peers if optimizer in PEERS[peer].optimizers]
         digests = set()
         for variant in VARIANTS if peers else ():
+            collect_down_to(without_tables + LEFT_GIB)  # the run before has left reference cycles
             measured, digest = run_group(optimizer, variant, peers, world, num_slots, expected, args)
             runs += measured
             digests.add(digest)

@@ -280,7 +280,9 @@ class CachedWeight:
         if self._adds_to_sorted and grad.is_sparse and not grad.is_coalesced():
             slots = grad._indices()[0]
             if self.cache.on_device:
-                if (slots.data_ptr(), slots.numel()) == self._made_slots:  # asking the device would be waiting for it
+                if (
+                    not slots.numel() or (slots.data_ptr(), slots.numel()) == self._made_slots
+                ):  # asking the device would be waiting for it
                     grad._coalesced_(True)
                 else:
                     parameter.grad = merged = _merged(grad)
@@ -426,7 +428,7 @@ class CachedWeight:
 
     def _rows_stay(self, grad: torch.Tensor, slots: torch.Tensor) -> bool:
         """Whether the rows that stood in the gradient's slots when it was made are still there."""
-        if self.cache.on_device and (grad._indices().data_ptr(), grad._nnz()) == self._made_slots:
+        if not grad._nnz() or (self.cache.on_device and (grad._indices().data_ptr(), grad._nnz()) == self._made_slots):
             return True  # it is the last backward's, whose rows are held; the device need not be asked
         return self.cache.rows_stay(slots, [token.slots for token in self._spent])
 

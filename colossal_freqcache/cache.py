@@ -156,6 +156,10 @@ class RowCache:
         """Whether the policy wants to know the batches to come."""
         return self.strategy is EvictionStrategy.LOOKAHEAD
 
+    def is_capturing(self) -> bool:
+        """Whether what is launched now goes into a CUDA graph."""
+        return False
+
     @property
     def num_slots(self) -> int:
         """Current slots, C."""

@@ -66,6 +66,11 @@ class DeviceAhead:
         """Of these, those whose rows have slots."""
         return sum(batch.lookup is not None for batch in self._coming)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether a batch was handed out, and the loop over them has not ended."""
+        return self._current is not None
+
     # ---- what a loader calls ------------------------------------------------------------------------------------
 
     def announce(self, wanted: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:

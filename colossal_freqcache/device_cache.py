@@ -4,7 +4,7 @@ Batches have numbers, and a slot remembers the last one that used its row. A row
 number on that somebody holds has used it: so holding and letting go are host arithmetic, not a pass over slots. That
 keeps some rows longer than needed; where they are in the way, one pass over the slots tells exactly.
 The host learns of a batch what it needs to size what follows (a bad id, how many rows are unique, how many missing):
-five integers, in one read, which `wait_for_counts` does and counts.
+five integers, in one read, which `wait_for_counts` does and counts. (With what replays of captured graphs met, eight.)
 Shapes: N positions, U unique rows, M missing, C slots, W record width, T tables, B bags a table.
 """
 
@@ -15,6 +15,7 @@ import torch
 
 from .cache import CHUNK_BYTES, CacheTooSmallError, RowCache, converted
 from .device_ahead import DeviceAhead
+from .device_replay import NUM_COUNTERS, Replays
 from .device_slots import DeviceSlots
 from .eviction import EvictionStrategy
 from .host_memory import PinnedPages
@@ -57,24 +58,31 @@ class DeviceLookup:
     """Where the rows of one batch sit. Valid while it is held.
 
     Attributes: plan; slot_of_unique int32[U]; num_unique U; offsets int64[T*B+1]; num_tables T; hold.
+        is_replayed: it belongs to a CUDA graph. The host does not know U: num_unique is N then, slot_of_unique
+        int32[N], of which the device knows how many count.
     """
 
-    def __init__(self, plan: DevicePlan, hold: Hold, offsets: torch.Tensor, num_tables: int) -> None:
+    def __init__(
+        self, plan: DevicePlan, hold: Hold, offsets: torch.Tensor, num_tables: int, is_replayed: bool = False
+    ) -> None:
         self.plan, self.hold, self.offsets, self.num_tables = plan, hold, offsets, num_tables
-        self.slot_of_unique = hold.slots
-        self.num_unique = hold.slots.numel()
+        self.is_replayed = is_replayed
+        self.slot_of_unique = plan.slot_of_unique if is_replayed else hold.slots
+        self.num_unique = self.slot_of_unique.numel()
 
 
 class Mailbox:
-    """Pinned host memory for a batch's five counts, and an event behind their copy; used again and again."""
+    """Pinned host memory for a batch's counts, and an event behind their copy; used again and again."""
 
     def __init__(self) -> None:
-        self.counts = torch.empty(5, dtype=torch.int64, pin_memory=True)
+        self.counts = torch.zeros(5 + NUM_COUNTERS, dtype=torch.int64, pin_memory=True)
         self.event = torch.cuda.Event()
 
-    def send(self, found: torch.Tensor) -> None:
-        """Sets `found` (int64[5], on the device) out for the host."""
-        self.counts.copy_(found, non_blocking=True)
+    def send(self, found: torch.Tensor, faults: torch.Tensor | None) -> None:
+        """Sets `found` (int64[5]) and `faults` (int64[3]; None: all 0) out for the host; both are on the device."""
+        self.counts[:5].copy_(found, non_blocking=True)
+        if faults is not None:
+            self.counts[5:].copy_(faults, non_blocking=True)
         self.event.record()
 
 
@@ -94,11 +102,12 @@ class Planned:
             cache.kernels.count_protected(cache.slots, cache.oldest_held, self.plan)
         self.missing: torch.Tensor | None = None  # which unique rows were fetched, int64[M]; None: none
         self._counts: list[int] | None = None
+        self._faults = cache.replays.faults if cache.replays.has_captured else None
         self._mailbox = None
         if self.plan.found.is_cuda:
             self._mailboxes = cache.mailboxes
             self._mailbox = self._mailboxes.pop() if self._mailboxes else Mailbox()
-            self._mailbox.send(self.plan.found)
+            self._mailbox.send(self.plan.found, self._faults)
 
     @property
     def is_known(self) -> bool:
@@ -112,10 +121,13 @@ class Planned:
 
     def counts(self) -> list[int]:
         """Once they are known: N - the first position with a bad id (0: none), U, M, whether the offsets are bad, slots
-        in use (if `is_counted`)."""
+        in use (if `is_counted`), and what replays met (`Replays.faults`)."""
         if self._counts is None:
-            self._counts = (self.plan.found if self._mailbox is None else self._mailbox.counts).tolist()
-            if self._mailbox is not None:
+            if self._mailbox is None:
+                faults = [0] * NUM_COUNTERS if self._faults is None else self._faults.tolist()
+                self._counts = self.plan.found.tolist() + faults
+            else:
+                self._counts = self._mailbox.counts.tolist()
                 self._mailboxes.append(self._mailbox)
                 self._mailbox = None
         return self._counts
@@ -129,6 +141,7 @@ class DeviceCache(RowCache):
 
     Attributes:
         slots: DeviceSlots. ahead: DeviceAhead. num_syncs: times that the host waited for a batch's counts.
+        replays: Replays, for lookups within a CUDA graph.
 
     The cache does not grow: `num_slots` is the ceiling.
     """
@@ -219,6 +232,8 @@ class DeviceCache(RowCache):
         self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor, counted: bool = True
     ) -> DeviceLookup:
         """As RowCache.prepare; all tensors on the device. The caller gives `hold` to `unpin`."""
+        if self.is_capturing():
+            return self._captured(values, offsets, padding_ids)
         ready = self.ahead.take(values) if counted else None
         if ready is not None:
             self._end_used_prefetch()
@@ -233,7 +248,24 @@ class DeviceCache(RowCache):
         self._end_used_prefetch()
         return lookup
 
+    def is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _captured(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> DeviceLookup:
+        """The lookup of a graph that is being captured."""
+        if not self.kernels.has_entries:
+            raise NotImplementedError("kernels='torch' cannot be captured in a CUDA graph: they wait for the device")
+        if self.ahead.is_current:
+            raise RuntimeError("a CUDA graph cannot be captured within a Lookahead's loop: capture it before, or after")
+        tables = Tables(self._device_rows, self._device_starts, padding_ids)
+        plan, offsets = self.replays.plan(self.kernels, self.slots, self._device_counts, values, offsets, tables)
+        use = self.next_use()
+        hold = self.hold(Hold(use, plan.slot_of_unique[:0], plan, self._unique_before[use]))
+        return DeviceLookup(plan, hold, offsets, self.table_rows.numel(), is_replayed=True)
+
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
+        if self.is_capturing():
+            raise RuntimeError("prefetch() cannot be captured in a CUDA graph: call it before the graph's replay")
         self.ahead.interrupt()
         before, prepaid = self._prefetched, self._prepaid
         still_prepaid = self._waiting_for_use(prepaid)
@@ -262,6 +294,7 @@ class DeviceCache(RowCache):
         counts = planned.plan.counts.clone()
         counts[:, 0] = counts[:, 1]  # hits are the forward's
         self._device_counts += counts
+        self.replays.prepaid.copy_(counts[:, 1])
 
     def _end_used_prefetch(self) -> None:
         if self._prefetched is not None and not self._waiting_for_use().numel():
@@ -331,9 +364,10 @@ class DeviceCache(RowCache):
             other.unique_until_then = self._num_unique
             self._num_unique += other.counts()[1]
         self._uncounted.clear()
-        bad_from_end, num_unique, num_missing, bad_offsets, _ = planned.counts()
+        bad_from_end, num_unique, num_missing, bad_offsets, _, *faults = planned.counts()
         self._last_unique = num_unique
         try:
+            self.replays.check(faults)
             if bad_offsets:
                 raise BadOffsetsError("offsets are not the bounds of bags: from 0 to the number of ids, not decreasing")
             if bad_from_end:
@@ -473,6 +507,8 @@ class DeviceCache(RowCache):
         self.ahead.interrupt()  # the side stream adds to them, too
         looked_up, missed, missing = self._device_counts[:, :3].to("cpu", copy=True).numpy().T
         written = int(self._device_written)
+        if self.replays.has_captured:
+            self.replays.check(self.replays.faults.tolist())
         self._device_counts.zero_()
         self._device_written.zero_()
         self._stats.hits_per_table += looked_up - missed
@@ -489,6 +525,7 @@ class DeviceCache(RowCache):
             self._device_counts = torch.zeros(num_tables, 4, dtype=torch.int64, device=self.device)
             self._device_written = torch.zeros(1, dtype=torch.int64, device=self.device)
             self._device_rows, self._device_starts = self.table_rows.to(self.device), self.table_starts.to(self.device)
+            self.replays = Replays(num_tables, self.device)
         self._stats = stats
 
     # ---- the whole table ----------------------------------------------------------------------------------------
@@ -498,6 +535,8 @@ class DeviceCache(RowCache):
         self.ahead.interrupt()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if self.replays.has_captured:
+            self.replays.check(self.replays.faults.tolist())
 
     def _write_back_slots(self, slots: torch.Tensor) -> None:
         """The records of `slots` (int64) to the store, by way of the host."""
@@ -563,6 +602,15 @@ class DeviceCache(RowCache):
         resident = (slots >= 0).nonzero()[:, 0]
         return resident.cpu(), slots[resident].long()
 
+    def relayout(self, layout: RowLayout, keep_slots: bool = False, budget_row_bytes: int | None = None) -> None:
+        """As RowCache.relayout; refused once a CUDA graph refers to the block."""
+        if self.replays.has_captured:
+            raise RuntimeError(
+                "a captured CUDA graph refers to the cache's block, so its rows cannot be laid out anew: bind the "
+                "optimizer (or reserve its state by optimizer=) before the capture"
+            )
+        super().relayout(layout, keep_slots, budget_row_bytes)
+
     def _replace_block(self, layout: RowLayout) -> None:
         block = torch.zeros(self.ceiling, layout.width, dtype=layout.dtype, device=self.device)
         step = max(1, CHUNK_BYTES // layout.row_bytes)
@@ -593,7 +641,7 @@ class DeviceCache(RowCache):
         return {
             "cache": self.num_slots * self.layout.row_bytes,
             "reserved": 0,
-            "index": self.slots.num_bytes() + sum(tensor.nbytes for tensor in tables),
+            "index": self.slots.num_bytes() + sum(tensor.nbytes for tensor in tables) + self.replays.num_bytes(),
             "workspace": self.ahead.num_bytes(),
             "host_store": self.store.num_bytes(),
             "host_row_order": self.order.num_bytes(),

@@ -207,6 +207,10 @@ class _CachedBags(nn.Module):
             self._cached_weight.settle()
             return self._asked(cache.prepare, batch)
 
+        if self.max_norm is not None and cache.is_capturing():
+            raise NotImplementedError(
+                f"max_norm={self.max_norm!r} in a CUDA graph: which rows are renormalised is decided by the host"
+            )
         lookup = self._placement.together(prepare, lambda lookup: cache.unpin(lookup.hold))
         if self.max_norm is not None:
             try:
@@ -294,7 +298,8 @@ class _CachedBags(nn.Module):
             elif ends.data_ptr() == offsets.data_ptr():
                 ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
             ends = ends.contiguous()
-            self._last_ends = _Seen(offsets, offsets_end, values.numel()), ends
+            if not self._cache.is_capturing():  # (what a graph computes is there after a replay only)
+                self._last_ends = _Seen(offsets, offsets_end, values.numel()), ends
         if ends.numel() == 1:  # no bag
             self._check_offsets(ends.cpu(), values.numel(), num_offsets)
         ids = values.detach().to(device, torch.int64).reshape(-1).contiguous()
@@ -741,6 +746,8 @@ class FreqAwareEmbeddingBag(_CachedBags):
         if offsets is None:
             with torch.inference_mode(False):
                 offsets = torch.arange(num_bags + 1, device=self._cache.device) * size
+            if self._cache.is_capturing():
+                return offsets
             if len(self._even) == MOST_SIZES:
                 del self._even[next(iter(self._even))]
             self._even[num_bags, size] = offsets
@@ -995,6 +1002,8 @@ class _DevicePooling(_Pooling):
         kernels, slots = cache.kernels, lookup.slot_of_unique
         arguments = (grad, lookup.plan, lookup.offsets, self.kept, weights, self.mode, self.scale_by_freq, slots)
         fused = weight.fused_step()
+        if lookup.is_replayed:
+            _check_replayable(weight, fused)
         if fused is None:
             slots, place_of_unique = kernels.order_slots(slots)
             return weight.gradient(slots, kernels.row_gradients(*arguments, place_of_unique, slots.numel()))
@@ -1013,6 +1022,26 @@ class _DevicePooling(_Pooling):
         lookup, cache = self.lookup, self.weight.cache
         return cache.kernels.weight_gradients(
             grad, cache.records, cache.layout.dim, lookup.slot_of_unique, lookup.plan, lookup.offsets
+        )
+
+
+def _check_replayable(weight: CachedWeight, fused: tuple[dict, int] | None) -> None:
+    """Refuses to capture an update for which the host would have to know more than it does during a replay."""
+    if fused is None:
+        raise RuntimeError(
+            "a captured CUDA graph trains the rows inside its backward: build the optimizer with fused=True, or look "
+            "up under torch.no_grad()"
+        )
+    group, step = fused
+    if weight.rule.numbers(group, step) != weight.rule.numbers(group, step + 1):
+        raise RuntimeError(
+            f"{weight.rule.name!r} with these settings has other numbers at every step, and a replay has those of the "
+            f"capture: use SGD, or Adagrad without lr_decay"
+        )
+    if group.get("maximize") or weight.cache.layout.dtype != torch.float32:
+        raise NotImplementedError(
+            f"a captured CUDA graph trains float32 rows, without maximize; found {weight.cache.layout.dtype}, "
+            f"maximize={bool(group.get('maximize'))}"
         )
 
 

@@ -103,7 +103,7 @@ class DeviceTorchKernels(TorchKernels):
         use: int,
         ahead: bool = False,
     ) -> DevicePlan:
-        """Looks a batch up; the resident rows are marked as used by batch number `use`.
+        """Looks a batch up; the resident rows are marked as used by batch number `use`, unless that is below 0.
 
         ahead: on a stream that waits for what was launched before the last `turn` only.
         """
@@ -126,9 +126,10 @@ class DeviceTorchKernels(TorchKernels):
         starts[1 : ids.numel() + 1] = sizes.cumsum(0)
         slot_of_unique = self.find(ids, slots)
         hits = slot_of_unique[slot_of_unique >= 0].long()
-        slots.last_use[hits] = use
-        if slots.counts_uses:
-            slots.uses[hits] += 1
+        if use >= 0:
+            slots.last_use[hits] = use
+            if slots.counts_uses:
+                slots.uses[hits] += 1
         missing = slot_of_unique < 0
         table_of_unique = torch.searchsorted(tables.starts, ids, right=True) - 1
         counts = torch.zeros(num_tables, 4, dtype=torch.int64, device=values.device)

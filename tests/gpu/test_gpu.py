@@ -278,6 +278,59 @@ def test_auto_is_the_triton_set(triton):
 
 
 @on_gpu_only
+@pytest.mark.parametrize("name, mode", [("SGD", "sum"), ("Adagrad", "mean"), ("RowWiseAdagrad", "max")])
+def test_a_captured_step(name, mode, triton):
+    """Lookup, backward and update as one CUDA graph, replayed after a prefetch: the bits of steps without a graph."""
+    batches = id_batches(20)
+    results = []
+    for replayed in (False, True):
+        bag = triton.make_bag(60, mode=mode, ids_freq_mapping=counts())
+        optimizer = make_optimizer(name, bag.parameters(), fused=True)
+        outs = train(bag, optimizer, batches[:3], triton.device)  # compiles what the capture needs
+        if replayed:
+            ids, graph = batches[0].to(triton.device), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = bag(ids)
+                loss_of(out).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for batch in batches[3:]:
+                bag.prefetch(batch)
+                ids.copy_(batch)
+                graph.replay()
+                outs.append(out.detach().cpu())
+        else:
+            outs += train(bag, optimizer, batches[3:], triton.device)
+        assert bag.stats.evictions > 20 and bag.stats.hits + bag.stats.misses == 20 * 24
+        bag._cache.check()
+        state = optimizer.state_dict()["state"].values()
+        results.append([*outs, bag.logical_weight(), *(each["sum"] for each in state if "sum" in each)])
+    assert_same_bits(*results)
+
+
+@on_gpu_only
+def test_a_replay_that_misses_is_told(triton):
+    """By what waits for the device next; the other rows are trained."""
+    bag = triton.make_bag(60)
+    optimizer = make_optimizer("SGD", bag.parameters(), fused=True)
+    first = id_batches(1)[0]
+    train(bag, optimizer, [first] * 3, triton.device)
+    before = bag.logical_weight()
+    ids, graph = first.to(triton.device), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss_of(bag(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    missing = next(row for row in range(NUM_ROWS) if row not in first)
+    ids[0, 0] = missing
+    graph.replay()
+    with pytest.raises(RuntimeError, match=r"met 1 row\(s\) that were not resident"):
+        bag(first.to(triton.device))
+    changed = (bag.logical_weight() != before).any(1)
+    assert not changed[missing] and changed.sum() > 10
+
+
+@on_gpu_only
 def test_counters_are_right_while_batches_are_admitted(triton):
     """Reading `stats` at every step, with a side stream adding to them: every position is counted once."""
     generator = torch.Generator().manual_seed(0)

@@ -311,7 +311,7 @@ class CudaKernels(DeviceTorchKernels):
         launch(
             rows.sum_rows,
             _programs(num_unique, tile["ROWS"]),
-            (*common, slot_of_unique, place_of_unique, *targets, num_unique, most_rows, most_chunks, *shape, *numbers),
+            (*common, slot_of_unique, place_of_unique, *targets, plan.found, most_rows, most_chunks, *shape, *numbers),
             {
                 **row,
                 **flags,

@@ -205,7 +205,8 @@ def probe_uniques(
 ):
     """slot_of_unique[u], -1 where missing; last_use[slot] = use_number[0] of the resident; counts of the missing.
 
-    found[1] = U, found[2] += missing rows. counts[t, 1] += missed positions, counts[t, 2] += missing rows.
+    A use_number below 0 marks nothing. found[1] = U, found[2] += missing rows.
+    counts[t, 1] += missed positions, counts[t, 2] += missing rows.
     """
     u = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     num_unique = tl.load(heads_up_to + num_positions - 1).to(tl.int64)
@@ -217,11 +218,12 @@ def probe_uniques(
     hit = real & (slot >= 0)
     missed = real & (slot < 0)
     tl.store(slot_of_unique + u, slot, mask=u < num_positions)
-    use = tl.load(use_number)
-    tl.store(last_use + slot, use + tl.zeros_like(slot), mask=hit)
+    use = tl.load(use_number) + tl.zeros_like(slot)
+    marked = hit & (use >= 0)
+    tl.store(last_use + slot, use, mask=marked)
     if COUNT_USES:
-        count = tl.load(uses + slot, mask=hit, other=0)
-        tl.store(uses + slot, tl.minimum(count + 1, 1 << 30), mask=hit)
+        count = tl.load(uses + slot, mask=marked, other=0)
+        tl.store(uses + slot, tl.minimum(count + 1, 1 << 30), mask=marked)
     num_missed = tl.sum(missed.to(tl.int64), 0)
     if num_missed > 0:
         tl.atomic_add(found + 2, num_missed)

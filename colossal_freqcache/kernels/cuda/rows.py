@@ -1,6 +1,7 @@
 """Triton kernels over records: moves between host and cache, pooling, its adjoint, and the row rules.
 
 Shapes: N positions, U unique rows, C slots, W record width (its stride), D embedding width, B bags a table, T tables.
+In a captured graph a batch may have rows that are not resident (slot -1): they count as zeros, and are not trained.
 A program holds a tile of whole rows, so a row's sums have one order, which depends on nothing but the row's own
 positions. Offsets into records are int64 before the first multiplication.
 """
@@ -108,9 +109,9 @@ def pool(
         p = start + k
         unique = tl.load(unique_of_position + p, mask=real & (k < length), other=-1)
         kept = unique >= 0
-        slot = tl.load(slot_of_unique + unique, mask=kept, other=0).to(tl.int64)
+        slot = tl.load(slot_of_unique + unique, mask=kept, other=-1).to(tl.int64)
         place = records + slot[:, None] * stride + column[None, :]
-        row = tl.load(place, mask=kept[:, None] & (column < dim)[None, :], other=0.0)
+        row = tl.load(place, mask=(slot >= 0)[:, None] & (column < dim)[None, :], other=0.0)
         if HAS_WEIGHTS:
             row = row * tl.load(weights + p, mask=kept, other=0.0)[:, None]
         total += row
@@ -144,9 +145,9 @@ def pool_max(
         p = start + k
         unique = tl.load(unique_of_position + p, mask=real & (k < length), other=-1)
         kept = unique >= 0
-        slot = tl.load(slot_of_unique + unique, mask=kept, other=0).to(tl.int64)
+        slot = tl.load(slot_of_unique + unique, mask=kept, other=-1).to(tl.int64)
         place = records + slot[:, None] * stride + column[None, :]
-        row = tl.load(place, mask=kept[:, None] & (column < dim)[None, :], other=0.0)
+        row = tl.load(place, mask=(slot >= 0)[:, None] & (column < dim)[None, :], other=0.0)
         better = kept[:, None] & ((where < 0) | (row > best))
         best = tl.where(better, row, best)
         where = tl.where(better, p[:, None], where)
@@ -295,25 +296,27 @@ def sum_long_rows(
         slot = tl.load(slot_of_unique + row)
         place = tl.load(place_of_unique + row)
         real = row >= 0
+        if RULE > 0:
+            real = slot >= 0
         _use_gradients(
             total[None, :], records, values, dirty, slot, place, real, column, a, b, c, d, stride, dim, RULE, RULE > 0
         )
 
 
-@triton.jit(do_not_specialize=["num_unique", "most_rows", "most_chunks", "bags_per_table", "num_tables"])
+@triton.jit(do_not_specialize=["most_rows", "most_chunks", "bags_per_table", "num_tables"])
 def sum_rows(
     grad, order, starts, bag_of_position, kept_of_bag, weights, chosen, work, slot_of_unique, place_of_unique,
-    records, values, dirty, num_unique, most_rows, most_chunks, bags_per_table, num_tables, a, b, c, d,
+    records, values, dirty, found, most_rows, most_chunks, bags_per_table, num_tables, a, b, c, d,
     stride: tl.constexpr, dim: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
     RULE: tl.constexpr, BY_FREQUENCY: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each row with at most SHORT positions: their sum in the order of the batch, kept or used.
 
-    The others are listed in `work`, for `sum_chunks` and `sum_long_rows`.
+    The others are listed in `work`, for `sum_chunks` and `sum_long_rows`. found[1]: U.
     """
     unique = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = unique < num_unique
+    real = unique < tl.load(found + 1)
     first = tl.load(starts + unique, mask=real, other=0)
     count = tl.load(starts + unique + 1, mask=real, other=0) - first
     _list_long_rows(work, unique, count, real & (count > SHORT), most_rows, most_chunks, CHUNK)
@@ -330,8 +333,10 @@ def sum_rows(
         )  # fmt: skip
     if BY_FREQUENCY:
         total = _divided(total, tl.maximum(count, 1).to(total.dtype)[:, None] + tl.zeros_like(total))
-    slot = tl.load(slot_of_unique + unique, mask=real, other=0)
+    slot = tl.load(slot_of_unique + unique, mask=real, other=-1)
     place = tl.load(place_of_unique + unique, mask=real, other=0)
+    if RULE > 0:
+        real = real & (slot >= 0)
     _use_gradients(total, records, values, dirty, slot, place, real, column, a, b, c, d, stride, dim, RULE, RULE > 0)
 
 
@@ -362,10 +367,10 @@ def weight_gradient(
     unique = tl.load(unique_of_position + p, mask=real, other=-1)
     kept = unique >= 0
     inside = kept[:, None] & (column < dim)[None, :]
-    slot = tl.load(slot_of_unique + unique, mask=kept, other=0).to(tl.int64)
+    slot = tl.load(slot_of_unique + unique, mask=kept, other=-1).to(tl.int64)
     bag = tl.load(bag_of_position + p, mask=kept, other=0).to(tl.int64)
     place = (bag % bags_per_table) * num_tables + bag // bags_per_table
-    row = tl.load(records + slot[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    row = tl.load(records + slot[:, None] * stride + column[None, :], mask=inside & (slot >= 0)[:, None], other=0.0)
     g = tl.load(grad + place[:, None] * dim + column[None, :], mask=inside, other=0.0)
     total = tl.sum(g.to(tl.float64) * row.to(tl.float64), 1)
     tl.store(out + p, total.to(out.dtype.element_ty), mask=real)
