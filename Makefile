@@ -80,7 +80,7 @@ format: setup
 # One after the other: each alone on the machine. step and prepare come twice, the second time with torch's huge pages.
 bench: $(STAMP_BENCH)
 	$(VENV)/bin/python benchmarks/step.py $(BENCH_ARGS)
-	$(VENV)/bin/python benchmarks/step.py --huge-pages $(BENCH_ARGS)
+	$(VENV)/bin/python benchmarks/step.py --huge-pages --builds 1 $(BENCH_ARGS)
 	$(VENV)/bin/python benchmarks/prepare.py $(BENCH_ARGS)
 	$(VENV)/bin/python benchmarks/prepare.py --huge-pages $(BENCH_ARGS)
 	$(VENV)/bin/python benchmarks/moves.py $(BENCH_ARGS)

@@ -326,6 +326,22 @@ def add_parts(measured: list[dict[str, Any]], ours: LookingAhead, args: argparse
         run["parts"] = {name: summary(of_part) for name, of_part in zip(names, parts.T, strict=True)}
 
 
+def pooled(builds: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """By number of threads, the times of all builds of a run as one; hits are the same in all, phases the last's."""
+    merged = []
+    for of_threads in zip(*builds, strict=True):
+        one = of_threads[-1]
+        times = {name: [ms for run in of_threads for ms in run["all_ms"][name]] for name in one["all_ms"]}
+        against = {
+            peer: found | compare_times(one["optimizer"], peer, times[one["ours"]], times[peer])
+            for peer, found in one["against"].items()
+        }
+        by_build = {name: [run["ms"][name]["median"] for run in of_threads] for name in times}
+        ms = {name: summary(of_one) for name, of_one in times.items()}
+        merged.append(one | {"ms": ms, "against": against, "all_ms": times, "medians_by_build": by_build})
+    return merged
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +355,17 @@ def times_table(runs: Sequence[dict[str, Any]]) -> str:
     ]
     header = ["optimizer", "ours", "peer", "threads", "ours, ms", "peer, ms", "ratio of medians", "of minima", "budget"]
     return markdown_table([*header, ""], rows)
+
+
+def builds_table(runs: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for run in runs:
+        medians = run["medians_by_build"]
+        for peer in run["against"] if len(medians[run["ours"]]) > 1 else ():
+            ratios = [ours / theirs for ours, theirs in zip(medians[run["ours"]], medians[peer], strict=True)]
+            cells = [", ".join(f"{ms:.1f}" for ms in medians[name]) for name in (run["ours"], peer)]
+            rows.append([run["optimizer"], peer, run["threads"], *cells, ", ".join(f"{ratio:.2f}" for ratio in ratios)])
+    return markdown_table(["optimizer", "peer", "threads", "ours, ms", "peer, ms", "ratios"], rows)
 
 
 def misses_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -398,8 +425,9 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"{world['num_slots']:,} slots ({world['num_slots'] / world['num_rows']:.2%} of the rows; "
         f"{settings['cache_ratio']:.1%}, or twice a step's distinct rows where those are more), ordered by the counts "
         f"of {settings['counted']} earlier batches.",
-        f"{settings['steps']} steps timed after {settings['dropped']} dropped ones, for each number of threads; min / "
-        f"median / p80. In one interleaved run, all at each batch in turn: {together}.",
+        f"{settings['steps']} steps timed after {settings['dropped']} dropped ones, for each number of threads and "
+        f"each build of the tables ({settings['builds']}; one with Lookahead); min / median / p80 of all. "
+        f"In one interleaved run, all at each batch in turn: {together}.",
         "Outputs of ours lie in huge pages; those of torch and of the peers "
         + ("do so, too." if settings["huge_pages"] else "are faulted in by 4-KiB pages (see `--huge-pages`)."),
         "Ours trains its rows in " + ("the backward (fused=True)." if settings["fused"] else "step() (see `--fused`)."),
@@ -412,6 +440,12 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"The trained tables agree: the largest difference of a row to ours is {worst:.2f} of the tolerance, "
         f"{TOLERANCE:g} * sqrt(1 + its look-ups).",
     ]  # fmt: skip
+    by_build = []
+    if settings["builds"] > 1:
+        by_build = [
+            "Medians by build (nobody chooses where in the machine's memory its tables lie):",
+            builds_table(runs),
+        ]
     if settings["scale"] != 1:
         notes.append("A trial: the budgets are for --scale 1.0.")
     return "\n\n".join(
@@ -420,6 +454,7 @@ def as_markdown(results: dict[str, Any]) -> str:
             f"`{results['command']}`",
             "\n".join(f"- {note}" for note in notes),
             times_table(runs),
+            *by_build,
             misses_table(runs),
             "Belady's optimum is the least from the first step on: in a window of it another may miss fewer, and the "
             "rows that Lookahead missed are those of a batch later. Occurrences missed over looked up, by table:",
@@ -445,6 +480,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="one after the other in each run")
     parser.add_argument("--steps", type=int, default=20, help="timed steps, for each number of threads")
     parser.add_argument("--dropped", type=int, default=4, help="steps before those")
+    parser.add_argument(
+        "--builds", type=int, default=3, help="times that all tables are built anew (with Lookahead: 1)"
+    )
     parser.add_argument("--apart", type=int, default=10, help="steps of ours after those, timed by phase")
     parser.add_argument("--counted", type=int, default=20, help="batches before all, for the counts")
     parser.add_argument("--window", type=int, default=64, help="batches that Lookahead knows")
@@ -452,8 +490,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--huge-pages", action="store_true", help="torch's allocator asks for huge pages, too")
     parser.add_argument("--profile", action="store_true", help="print cProfile's view of further steps of ours")
     args = parser.parse_args(argv)
-    if min(args.steps, args.dropped, args.apart, args.counted, args.window, *args.threads) < 1:
-        parser.error("--steps, --dropped, --apart, --counted, --window and --threads must be at least 1")
+    if min(args.steps, args.dropped, args.builds, args.apart, args.counted, args.window, *args.threads) < 1:
+        parser.error("--steps, --dropped, --builds, --apart, --counted, --window and --threads must be at least 1")
     try:
         installed_versions(args.peers)
     except ValueError as error:
@@ -487,12 +525,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         peers = [peer for peer in args.peers if optimizer in PEERS[peer].optimizers]
         digests = set()
         for variant in VARIANTS if peers else ():
-            collect_down_to(without_tables + LEFT_GIB)  # the run before has left reference cycles
-            measured, digest = run_group(optimizer, variant, peers, world, num_slots, expected, args)
-            runs += measured
-            digests.add(digest)
+            builds = []
+            for _ in range(args.builds if variant == "ours" else 1):
+                collect_down_to(without_tables + LEFT_GIB)  # the run before has left reference cycles
+                measured, digest = run_group(optimizer, variant, peers, world, num_slots, expected, args)
+                builds.append(measured)
+                digests.add(digest)
+            runs += pooled(builds)
         if len(digests) > 1:
-            raise RuntimeError(f"{optimizer}: ours trained other tables with Lookahead than without")
+            raise RuntimeError(f"{optimizer}: ours trained other tables with Lookahead, or in another build")
     results = {
         "settings": {key: value for key, value in vars(args).items() if key != "out"},
         "machine": machine,

@@ -21,7 +21,8 @@ import step
 from harness import REPOSITORY, Stopwatch, interleaved, ratio_of, verdict
 
 TINY = "--scale 0.01 --batch-size 256 --steps 3 --dropped 1 --apart 1 --counted 4 --window 4 --threads 1 2".split()
-STEPS = 3
+TINY += ["--builds", "2"]
+STEPS, BUILDS = 3, 2
 
 
 def tiny_run(out, *arguments):
@@ -52,7 +53,12 @@ def test_the_files_hold_what_was_measured(run):
     for one in results["runs"]:
         assert f"| {one['optimizer']} | {one['ours']} | torch | {one['threads']} " in markdown
         assert f"{one['hit_ratio']:.4f}" in markdown and one["against"]["torch"]["verdict"] in markdown
-        assert [len(times) for times in one["all_ms"].values()] == [STEPS, STEPS]
+        builds = BUILDS if one["ours"] == "ours" else 1
+        assert [len(times) for times in one["all_ms"].values()] == [STEPS * builds, STEPS * builds]
+        assert [len(medians) for medians in one["medians_by_build"].values()] == [builds, builds]
+        assert one["against"]["torch"]["ratio"] == ratio_of(
+            one["all_ms"]["ours" if builds > 1 else "ours+lookahead"], one["all_ms"]["torch"]
+        )
         assert ("phases" in one, "parts" in one) == (one["ours"] == "ours", one["ours"] != "ours")
         assert "phases" not in one or set(one["phases"]) == set(step.GROUPS)
 

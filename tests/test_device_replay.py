@@ -25,7 +25,7 @@ ASKS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero
 
 
 class AsksNothing(TorchDispatchMode):
-    """Raises where an operation would make the host wait for a device. on_host: tensors that are there on a GPU, too."""
+    """Raises where an operation would make the host wait for a device. on_host: tensors that a GPU does not hold."""
 
     def __init__(self, on_host):
         super().__init__()

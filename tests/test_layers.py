@@ -39,6 +39,7 @@ LEVELS = {
     "cache": 2,
     "device_ahead": 2,
     "device_cache": 2,
+    "device_replay": 2,
     "placement": 2,
     "block": 2,
     "step_hooks": 2,
@@ -67,6 +68,7 @@ SAME_LEVEL = {
     ("cache", "ahead"),  # asks it what is held for the batches to come
     ("device_cache", "cache"),  # is one, on a device
     ("device_cache", "device_ahead"),
+    ("device_cache", "device_replay"),
     ("lookahead", "embedding"),  # tells its modules what comes
     ("placement", "cache"),  # which part of the tables a cache holds
     ("block", "placement"),
