@@ -343,7 +343,7 @@ class CachedWeight:
             if [column[:2] for column in layout.state] != [column[:2] for column in self.cache.layout.state]:
                 budget = rule.layout(self.placement.budget_dim, self.cache.layout.dtype, group)
                 self._relayout(layout, keep_slots, budget.row_bytes)
-            elif layout != self.cache.layout or not self.state_is_initial:
+            elif layout != self.cache.layout or not self.state_is_initial or self.cache.may_replay:
                 self.cache.layout = layout
                 self.cache.reset_state()
         self.state_is_initial = True

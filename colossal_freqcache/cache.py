@@ -156,6 +156,11 @@ class RowCache:
         """Whether the policy wants to know the batches to come."""
         return self.strategy is EvictionStrategy.LOOKAHEAD
 
+    @property
+    def may_replay(self) -> bool:
+        """Whether CUDA graphs may train rows unseen by the host."""
+        return False
+
     def is_capturing(self) -> bool:
         """Whether what is launched now goes into a CUDA graph."""
         return False

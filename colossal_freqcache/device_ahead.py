@@ -90,6 +90,8 @@ class DeviceAhead:
         with self._side_stream():
             self._admit_ahead(depth)
         self._cache.kernels.turn()
+        if self._cache.replays.has_captured:  # a replay asks nobody whether a row is there yet
+            self.interrupt()
 
     def _admit_ahead(self, depth: int) -> None:
         for number, batch in enumerate(self._coming):

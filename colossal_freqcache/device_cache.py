@@ -226,6 +226,10 @@ class DeviceCache(RowCache):
     def foresees(self) -> bool:
         return False
 
+    @property
+    def may_replay(self) -> bool:
+        return self.replays.has_captured
+
     # ---- a batch ------------------------------------------------------------------------------------------------
 
     def prepare(
@@ -234,6 +238,8 @@ class DeviceCache(RowCache):
         """As RowCache.prepare; all tensors on the device. The caller gives `hold` to `unpin`."""
         if self.is_capturing():
             return self._captured(values, offsets, padding_ids)
+        if counted and self.replays.has_captured:
+            self.replays.prepaid.zero_()  # this batch takes what its prefetch has counted
         ready = self.ahead.take(values) if counted else None
         if ready is not None:
             self._end_used_prefetch()

@@ -182,6 +182,8 @@ class _CachedBags(nn.Module):
             weight.parameter.requires_grad or (batch.weights is not None and batch.weights.requires_grad)
         )
         with plain_mode():
+            if wants_graph and self._cache.is_capturing() and weight.parameter.requires_grad:
+                _check_replayable(weight, weight.fused_step())
             lookup = self._prepare(batch)
         if not wants_graph:
             try:
@@ -291,14 +293,16 @@ class _CachedBags(nn.Module):
             return _Batch(*found, weights, num_offsets)
         last_offsets, ends = self._last_ends
         # numpy may have refilled those in host memory, and no version tells.
-        if offsets.device.type == "cpu" or not last_offsets(offsets, offsets_end, values.numel()):
+        # A captured graph reads the caller's own tensor: what was made of it before is not the graph's.
+        is_fresh = self._cache.is_capturing() or offsets.device.type == "cpu"
+        if is_fresh or not last_offsets(offsets, offsets_end, values.numel()):
             ends = offsets.detach().to(device, torch.int64)
             if not offsets_end:
                 ends = torch.cat([ends, ends.new_full((1,), values.numel())])
             elif ends.data_ptr() == offsets.data_ptr():
                 ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
             ends = ends.contiguous()
-            if not self._cache.is_capturing():  # (what a graph computes is there after a replay only)
+            if not self._cache.is_capturing():
                 self._last_ends = _Seen(offsets, offsets_end, values.numel()), ends
         if ends.numel() == 1:  # no bag
             self._check_offsets(ends.cpu(), values.numel(), num_offsets)
@@ -742,11 +746,12 @@ class FreqAwareEmbeddingBag(_CachedBags):
 
     def _even_offsets(self, num_bags: int, size: int) -> torch.Tensor:
         """Where bags of one size start and end, int64[B+1]; the same tensor again for the same sizes."""
-        offsets = self._even.get((num_bags, size))
+        is_capturing = self._cache.is_capturing()  # what a graph computes is there after a replay only, and its own
+        offsets = None if is_capturing else self._even.get((num_bags, size))
         if offsets is None:
             with torch.inference_mode(False):
                 offsets = torch.arange(num_bags + 1, device=self._cache.device) * size
-            if self._cache.is_capturing():
+            if is_capturing:
                 return offsets
             if len(self._even) == MOST_SIZES:
                 del self._even[next(iter(self._even))]
@@ -1002,8 +1007,6 @@ class _DevicePooling(_Pooling):
         kernels, slots = cache.kernels, lookup.slot_of_unique
         arguments = (grad, lookup.plan, lookup.offsets, self.kept, weights, self.mode, self.scale_by_freq, slots)
         fused = weight.fused_step()
-        if lookup.is_replayed:
-            _check_replayable(weight, fused)
         if fused is None:
             slots, place_of_unique = kernels.order_slots(slots)
             return weight.gradient(slots, kernels.row_gradients(*arguments, place_of_unique, slots.numel()))

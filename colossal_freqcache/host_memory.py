@@ -17,6 +17,7 @@ __all__ = ["PinnedPages"]
 PORTABLE_AND_MAPPED = 1 | 2
 
 _holders: dict[int, int] = {}  # address of registered memory -> how many PinnedPages have it (copies share an order)
+_left_over: list[list[torch.Tensor]] = []  # registered memory whose PinnedPages was collected during a capture
 
 
 class PinnedPages:
@@ -34,6 +35,7 @@ class PinnedPages:
         if device.type != "cuda":
             return
         torch.cuda.init()
+        _close_left_over()
         runtime = torch.cuda.cudart()
         for tensor in tensors:
             if not tensor.numel():
@@ -57,17 +59,33 @@ class PinnedPages:
 
     def close(self) -> None:
         """Unregisters the memory. No kernel may use it any more."""
-        while self._registered:
-            address = self._registered.pop().data_ptr()
-            _holders[address] -= 1
-            if not _holders[address]:
-                del _holders[address]
-                torch.cuda.cudart().cudaHostUnregister(address)
+        _close(self._registered)
 
     def __del__(self) -> None:
-        if self._registered and not sys.is_finalizing():
-            torch.cuda.synchronize()  # kernels that were launched may still write rows back
-            self.close()
+        if not self._registered or sys.is_finalizing():
+            return
+        if torch.cuda.is_current_stream_capturing():  # waiting would end the capture of whoever is collected beside
+            _left_over.append(self._registered)
+            return
+        torch.cuda.synchronize()  # kernels that were launched may still write rows back
+        self.close()
+
+
+def _close(registered: list[torch.Tensor]) -> None:
+    while registered:
+        address = registered.pop().data_ptr()
+        _holders[address] -= 1
+        if not _holders[address]:
+            del _holders[address]
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _close_left_over() -> None:
+    """Lets go of what was collected while a CUDA graph was captured."""
+    if _left_over:
+        torch.cuda.synchronize()
+    while _left_over:
+        _close(_left_over.pop())
 
 
 def _forget_error(device: torch.device) -> None:

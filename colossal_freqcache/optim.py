@@ -184,7 +184,7 @@ class _RowOptimizer:
                 if name in state:
                     weight.set_logical(name, state[name].reshape(weight.placement.num_rows, -1))
             if "step" in state and counts_steps(parameter, self._rule()):
-                self.state[parameter] = {"step": torch.as_tensor(state["step"], dtype=torch.float32).clone()}
+                self.state[parameter] = {"step": torch.as_tensor(state["step"], dtype=torch.float32).cpu().clone()}
             elif self.rule_name in ("adagrad", "rowwise_adagrad"):
                 self.state[parameter] = {"step": torch.tensor(0.0)}
 

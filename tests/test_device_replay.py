@@ -185,6 +185,56 @@ def test_rows_that_are_not_resident_are_told_by_what_waits_next(how, capturing, 
     bag._cache.check()
 
 
+def test_positions_in_no_bag_are_not_trained(capturing, triton):
+    """Bounds that begin late or end early, in mean: what lies outside is padding, and nothing is divided by 0."""
+    bag = triton.make_bag(60, mode="mean", include_last_offset=True)
+    optimizer = make_optimizer("SGD", bag.parameters(), fused=True)
+    before = bag.logical_weight()
+    bag.prefetch(triton.put(1, 2, 3, 4))
+    for offsets in ((0, 2, 2), (2, 2, 4)):
+        with capturing:
+            step(bag, optimizer, triton.put(1, 2, 3, 4), triton.put(*offsets))
+        with pytest.raises(RuntimeError, match="1 with bad offsets"):
+            asked(bag, "stats", None)
+        after = bag.logical_weight()
+        assert after.isfinite().all()
+        assert (after != before).any(1).nonzero()[:, 0].tolist() == ([1, 2] if offsets[0] == 0 else [3, 4])
+        before = after
+
+
+def test_a_graph_reads_the_callers_own_tensors(capturing, triton):
+    """What an eager step has made of the same offsets, or of bags of one size, is not the graph's to read."""
+    bag = triton.make_bag(60)
+    values, offsets = triton.put(1, 2, 3, 4), triton.put(0, 1)
+    with torch.no_grad():
+        bag(values, offsets)
+        bag(values.reshape(2, 2))
+        bag(values, offsets)
+    kept = bag._last_ends[1], bag._even_offsets(2, 2)
+    with capturing:
+        own = bag._batch(values, offsets, None).offsets, bag._even_offsets(2, 2)
+    for mine, theirs in zip(own, kept, strict=True):
+        assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+    assert bag._last_ends[1] is kept[0] and bag._even_offsets(2, 2) is kept[1]
+
+
+def test_a_prefetch_that_an_eager_step_has_used_is_not_counted_again(capturing, triton):
+    """Prefetch, an eager lookup of the batch, then a replay of it: three lookups of it in all, one missed."""
+    bag = triton.make_bag(60)
+    ids = triton.put(1, 2, 3, 4).reshape(2, 2)
+    with torch.no_grad():
+        with capturing:
+            bag(ids)  # not resident
+        with pytest.raises(RuntimeError, match="4 row"):
+            bag.flush()
+        bag.stats.reset()
+        bag.prefetch(ids)
+        bag(ids)
+        with capturing:
+            bag(ids)
+    assert (bag.stats.hits, bag.stats.misses) == (4, 4)
+
+
 def test_bad_batches_are_told_and_harm_no_other_row(capturing, triton):
     """An id out of range, and offsets that pass the batch's end."""
     bag = triton.make_bag(60)
@@ -224,6 +274,7 @@ def test_what_cannot_be_captured_says_why(capturing, triton):
         bag.prefetch(ids)
         with capturing, pytest.raises(error, match=message):
             step(bag, made, ids)
+        bag.drop_optimizer_state()  # which a captured graph would not allow
 
     captured("SGD", False, "fused=True, or look up under torch.no_grad")
     captured("Adam", True, "other numbers at every step")

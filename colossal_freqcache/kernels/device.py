@@ -116,6 +116,7 @@ class DeviceTorchKernels(TorchKernels):
         table = bag // max(num_bags // num_tables, 1)
         bad = (values < 0) | (values >= tables.rows[table])
         kept = ~bad & (values != tables.padding[table])
+        kept &= (positions >= offsets[bag]) & (positions < offsets[(bag + 1).clamp(max=num_bags)])
         keys = torch.where(kept, tables.starts[table] + values, slots.num_rows)
         sorted_keys, order = torch.sort(keys, stable=True)
         present = sorted_keys < slots.num_rows

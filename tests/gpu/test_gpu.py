@@ -13,6 +13,7 @@ Needs torch, triton, numba, numpy, pytest, hypothesis.
 import gc
 import os
 import warnings
+from contextlib import contextmanager
 
 import device_worlds
 import pytest
@@ -277,6 +278,58 @@ def test_auto_is_the_triton_set(triton):
     assert triton.make_bag(kernels="auto")._cache.kernels.name == "cuda"
 
 
+@contextmanager
+def captured():
+    """A CUDA graph of what runs within; garbage is collected before it."""
+    graph = torch.cuda.CUDAGraph()
+    gc.collect()
+    with torch.cuda.graph(graph):
+        yield graph
+
+
+@on_gpu_only
+def test_a_graph_of_ragged_bags(triton):
+    """Offsets change between replays, and eager lookups of other batches come in between."""
+    generator = torch.Generator().manual_seed(2)
+    batches = []
+    for _ in range(16):
+        values = skewed_ids(generator, (24,))
+        batches.append((values, torch.cat([torch.zeros(1).long(), torch.randint(0, 25, (7,), generator=generator)])))
+        batches[-1][1].copy_(batches[-1][1].sort().values)
+    results = []
+    for replayed in (False, True):
+        bag = triton.make_bag(80, ids_freq_mapping=counts())
+        optimizer = make_optimizer("SGD", bag.parameters(), fused=True)
+        values, offsets = (part.to(triton.device) for part in batches[0])
+        outs, graph = [], None
+        for number, batch in enumerate(batches):
+            if number == 4 and replayed:
+                with captured() as graph:
+                    out = bag(values, offsets)
+                    loss_of(out).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if graph is not None:
+                bag.prefetch(batch[0].to(triton.device), batch[1].to(triton.device))
+            values.copy_(batch[0])
+            offsets.copy_(batch[1])
+            if graph is not None:
+                graph.replay()
+                outs.append(out.detach().cpu())
+            else:
+                eager = bag(values, offsets)
+                loss_of(eager).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                outs.append(eager.detach().cpu())
+                del eager
+            with torch.no_grad():
+                bag(triton.put(number, number + 1), triton.put(0))
+        assert bag.stats.evictions > 5
+        results.append([*outs, bag.logical_weight()])
+    assert_same_bits(*results)
+
+
 @on_gpu_only
 @pytest.mark.parametrize("name, mode", [("SGD", "sum"), ("Adagrad", "mean"), ("RowWiseAdagrad", "max")])
 def test_a_captured_step(name, mode, triton):
@@ -288,8 +341,8 @@ def test_a_captured_step(name, mode, triton):
         optimizer = make_optimizer(name, bag.parameters(), fused=True)
         outs = train(bag, optimizer, batches[:3], triton.device)  # compiles what the capture needs
         if replayed:
-            ids, graph = batches[0].to(triton.device), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            ids = batches[0].to(triton.device)
+            with captured() as graph:
                 out = bag(ids)
                 loss_of(out).backward()
                 optimizer.step()
@@ -316,8 +369,8 @@ def test_a_replay_that_misses_is_told(triton):
     first = id_batches(1)[0]
     train(bag, optimizer, [first] * 3, triton.device)
     before = bag.logical_weight()
-    ids, graph = first.to(triton.device), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    ids = first.to(triton.device)
+    with captured() as graph:
         loss_of(bag(ids)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ graph is used again there only if its plan was dead by then: `turn` is that mome
 """
 
 import gc
+import sys
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ..device import DevicePlan, Tables
 
 __all__ = ["GraphedPlans"]
 
+_left_over: list[Any] = []  # what was collected while the user captured a graph
 SEEN_BEFORE = 3  # a shape that has come so often is worth a graph
 MOST_OF_A_SHAPE = 12
 MOST_SHAPES = 4
@@ -45,6 +47,11 @@ class _Graph:
         finally:
             if collects:
                 gc.enable()
+
+    def __del__(self) -> None:
+        """A graph that is collected while another is captured lives on until that is over."""
+        if hasattr(self, "_graph") and not sys.is_finalizing() and torch.cuda.is_current_stream_capturing():
+            _left_over.append((self._graph, self._inputs, self._use, getattr(self, "_result", None)))
 
     @property
     def is_free(self) -> bool:
@@ -84,6 +91,7 @@ class GraphedPlans:
         """The plan, or None where it has to be made kernel by kernel."""
         if not values.is_cuda or not values.numel() or torch.cuda.is_current_stream_capturing():
             return None
+        _left_over.clear()
         key = (values.numel(), offsets.numel(), id(slots), tables.padding.data_ptr())
         if len(self._seen) > 1000:
             self._seen.clear()

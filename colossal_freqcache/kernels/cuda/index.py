@@ -120,6 +120,10 @@ def number_ids(
     value = tl.load(values + p, mask=real, other=0)
     bad = real & ((value < 0) | (value >= tl.load(table_rows + table, mask=real, other=0)))
     kept = real & ~bad & (value != tl.load(padding_ids + table, mask=real, other=-1))
+    # Where offsets are bad, a position may lie in no bag; a replayed graph takes it for padding.
+    in_bags = real & (bag < num_bags)
+    kept = kept & (p >= tl.load(offsets + bag, mask=in_bags, other=0))
+    kept = kept & (p < tl.load(offsets + bag + 1, mask=in_bags, other=0))
     key = tl.where(kept, tl.load(table_starts + table, mask=real, other=0) + value, absent)
     tl.store(keys + p, key.to(keys.dtype.element_ty), mask=real)
     tl.store(bag_of_position + p, bag.to(tl.int32), mask=real)
