@@ -1,6 +1,6 @@
 """The cached step on a CUDA device, against tables that lie in its memory and against rows gathered from the host.
 
-    python benchmarks/gpu.py --out results_folder          # all suites, about four minutes on an H100 or H200
+    python benchmarks/gpu.py --out results_folder          # all suites
     python benchmarks/gpu.py --out /tmp/trial --quick      # a tenth of the rows and few steps: does it run?
 
 Self-contained: torch, triton, numba and numpy, from a bare checkout. Suites:
@@ -234,33 +234,59 @@ def counted(tables: Any, run: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     return result, change | {"hit_ratio": change["hits"] / looked_up, "syncs": tables._cache.num_syncs - syncs}
 
 
-def power_suite(rows: int, samples: int, iterations: int, names: list[str], results: list[dict]) -> dict[str, Any]:
-    batches = power_batches(16, rows, samples, seed=0)
-    unique = [batch.joined.unique().numel() for batch in batches]
-    touched = torch.cat([batch.joined for batch in batches]).unique().numel()
-    counts = torch.bincount(torch.cat([batch.joined for batch in batches]), minlength=rows * POWER_TABLES).cpu().numpy()
-    grad = torch.randn(samples, POWER_TABLES, DIM, device="cuda")
-    turns = [batches[number % len(batches)] for number in range(iterations)]
-    facts: dict[str, Any] = {"rows": rows * POWER_TABLES, "ids": samples * POWER_TABLES, "touched": touched}
-    facts["unique"] = statistics.median(unique)
+class PowerWorld(NamedTuple):
+    """What all suites of the power law train on.
 
-    def measure(what: str, size: str, name: str, step: Callable[[Batch], None], tables: Any = None) -> None:
-        calls = [lambda batch=batch: step(batch) for batch in turns]
+    rows: of a table; turns: a batch for each timed step; touched: rows that they look up; grad (B, T, D): the output's.
+    """
+
+    rows: int
+    batches: list[Batch]
+    turns: list[Batch]
+    touched: int
+    grad: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, samples: int, iterations: int) -> "PowerWorld":
+        batches = power_batches(16, rows, samples, seed=0)
+        turns = [batches[number % len(batches)] for number in range(iterations)]
+        touched = torch.cat([batch.joined for batch in batches]).unique().numel()
+        return cls(rows, batches, turns, touched, torch.randn(samples, POWER_TABLES, DIM, device="cuda"))
+
+    def counts(self) -> torch.Tensor:
+        """int64[rows of all tables], on the host: how often each was looked up."""
+        joined = torch.cat([batch.joined for batch in self.batches])
+        return torch.bincount(joined, minlength=self.rows * POWER_TABLES).cpu()
+
+    def measure(
+        self, what: str, size: str, name: str, step: Callable[[Batch], None], tables: Any = None
+    ) -> dict[str, Any]:
+        """A row of the results; `tables`: ours, whose counters are in it, a step."""
+        calls = [lambda batch=batch: step(batch) for batch in self.turns]
         for call in calls[:16]:
             call()
+        row: dict[str, Any] = {"suite": "power"}
         if tables is None:
-            row: dict[str, Any] = {}
             times = event_ms(calls)
         else:
-            times, row = counted(tables, lambda: event_ms(calls))
-            for key in ("misses_unique", "rows_written_back", "syncs"):
-                row[key] /= len(calls)
-            row = {key: row[key] for key in ("hit_ratio", "misses_unique", "rows_written_back", "syncs")}
+            times, change = counted(tables, lambda: event_ms(calls))
+            row["hit_ratio"] = change["hit_ratio"]
+            row |= {key: change[key] / len(calls) for key in ("misses_unique", "rows_written_back", "syncs")}
             row["device_bytes"] = tables.device_bytes()
         row |= {"what": what, "cache": size, "optimizer": name, "min_ms": min(times), "ms": statistics.median(times)}
         row["p80_ms"] = float(np.percentile(times, 80))
-        results.append({"suite": "power"} | row)
         print(f"power {what} {size} {name}: {row['ms']:.3f} ms", {k: v for k, v in row.items() if k != "device_bytes"})
+        return row
+
+
+def power_suite(world: PowerWorld, names: list[str], results: list[dict]) -> dict[str, Any]:
+    rows, _, turns, touched, grad = world
+    ids, counts = world.batches[0].values.numel(), world.counts().numpy()
+    facts: dict[str, Any] = {"rows": rows * POWER_TABLES, "ids": ids, "touched": touched}
+    facts["unique"] = statistics.median(batch.joined.unique().numel() for batch in world.batches)
+
+    def measure(*arguments: Any) -> None:
+        results.append(world.measure(*arguments))
 
     def phases_of(tables: Any, step: Callable[[Batch], None], row: dict[str, Any]) -> None:
         phases = Phases()
@@ -292,52 +318,26 @@ def power_suite(rows: int, samples: int, iterations: int, names: list[str], resu
             measure("ours, separate step", size, name, separate, tables)
 
     for name in names:
-        step = torch_step(rows, name, grad, torch.arange(samples * POWER_TABLES, device="cuda"))
+        step = torch_step(rows, name, grad, torch.arange(ids, device="cuda"))
         measure("nn.EmbeddingBag in HBM", "all", name, step)
         del step
         torch.cuda.empty_cache()
         for size in ("1.0", "0.8"):
             measure_ours(size, name)
             torch.cuda.empty_cache()
-    results.append({"suite": "power", **host_gather(batches, rows, turns)})
+    results.append({"suite": "power", **host_gather(world.batches, rows)})
     return facts
-
-
-class PowerWorld(NamedTuple):
-    """What the suites `peers` and `graph` train on: as `power_suite`."""
-
-    batches: list[Batch]
-    turns: list[Batch]
-    rows: int
-    grad: torch.Tensor
-
-    @classmethod
-    def make(cls, rows: int, samples: int, iterations: int) -> "PowerWorld":
-        batches = power_batches(16, rows, samples, seed=0)
-        turns = [batches[number % len(batches)] for number in range(iterations)]
-        return cls(batches, turns, rows, torch.randn(samples, POWER_TABLES, DIM, device="cuda"))
-
-    def measure(self, what: str, size: str, name: str, step: Callable[[Batch], None]) -> dict[str, Any]:
-        calls = [lambda batch=batch: step(batch) for batch in self.turns]
-        for call in calls[:16]:
-            call()
-        times = event_ms(calls)
-        row = {"suite": "power", "what": what, "cache": size, "optimizer": name, "min_ms": min(times)}
-        row |= {"ms": statistics.median(times), "p80_ms": float(np.percentile(times, 80))}
-        print(f"power {what} {size} {name}: {row['ms']:.3f} ms")
-        return row
 
 
 def peers_suite(world: PowerWorld, names: list[str], results: list[dict]) -> dict[str, Any]:
     """{peer: whether it is installed}"""
     facts = {name: _is_installed(name) for name in ("fbgemm-gpu", "colossalai")}
     sizes = [world.rows] * POWER_TABLES
-    touched = torch.cat([batch.joined for batch in world.batches]).unique().numel()
     ends = torch.arange(world.batches[0].values.numel() + 1, device="cuda")
     if facts["fbgemm-gpu"]:
         for name in names:
             for size in ("all", "1.0", "0.8"):
-                options = {} if size == "all" else {"cache_load_factor": float(size) * touched / sum(sizes)}
+                options = {} if size == "all" else {"cache_load_factor": float(size) * world.touched / sum(sizes)}
                 location = "DEVICE" if size == "all" else "MANAGED_CACHING"
                 tables = contenders.fbgemm_tables(sizes, DIM, name, location, "CUDA", **options)
 
@@ -348,9 +348,9 @@ def peers_suite(world: PowerWorld, names: list[str], results: list[dict]) -> dic
                 del tables, step
                 torch.cuda.empty_cache()
     if facts["colossalai"] and "sgd" in names:
-        counts = torch.bincount(torch.cat([batch.joined for batch in world.batches]), minlength=sum(sizes)).cpu()
+        counts = world.counts()
         for size in ("1.0", "0.8"):
-            bag = contenders.colossal_bag(torch.zeros(sum(sizes), DIM), int(touched * float(size)), counts)
+            bag = contenders.colossal_bag(torch.zeros(sum(sizes), DIM), int(world.touched * float(size)), counts)
             optimizer = torch.optim.SGD(bag.parameters(), lr=0.01)
             flat = world.grad.reshape(-1, DIM)
 
@@ -372,8 +372,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def graph_suite(world: PowerWorld, results: list[dict]) -> None:
-    touched = torch.cat([batch.joined for batch in world.batches]).unique().numel()
-    tables, make = cached_tables(world.rows, touched, "sgd", None)
+    tables, make = cached_tables(world.rows, world.touched, "sgd", None)
     optimizer = make(tables.parameters(), lr=0.01, fused=True)
     train = cached_step(tables, optimizer, world.grad)
     for batch in world.batches:  # makes every row resident, and compiles the kernels
@@ -389,12 +388,10 @@ def graph_suite(world: PowerWorld, results: list[dict]) -> None:
         values.copy_(batch.values)
         graph.replay()
 
-    row, change = counted(tables, lambda: world.measure("ours, fused, replayed from a CUDA graph", "1.0", "sgd", step))
-    row |= {key: change[key] for key in ("hit_ratio", "misses_unique", "syncs")}
-    results.append(row | {"device_bytes": tables.device_bytes()})
+    results.append(world.measure("ours, fused, replayed from a CUDA graph", "1.0", "sgd", step, tables))
 
 
-def host_gather(batches: list[Batch], rows: int, turns: list[Batch]) -> dict[str, Any]:
+def host_gather(batches: list[Batch], rows: int) -> dict[str, Any]:
     """No cache: each step's rows come from pinned host memory and go back; the moves alone."""
     tables, _ = cached_tables(rows, 1000, "sgd", None)
     cache = tables._cache
@@ -595,8 +592,9 @@ def main(argv: list[str] | None = None) -> int:
     print(found["gpu"], found["ceilings_gb_per_s"])
     rows, samples, iterations = (100_000, 10_485, 16) if args.quick else (1_000_000, POWER_SAMPLES, 48)
     names = args.optimizers.split(",")
+    world = PowerWorld.make(rows, samples, iterations)
     if "power" in args.suites:
-        found["power"] = power_suite(rows, samples, iterations, names, found["results"])
+        found["power"] = power_suite(world, names, found["results"])
         torch.cuda.empty_cache()
         _write(args.out, found)
     if "dlrm" in args.suites:
@@ -604,7 +602,6 @@ def main(argv: list[str] | None = None) -> int:
         found["dlrm"] = dlrm_suite(scale, steps, rounds, found["results"])
         torch.cuda.empty_cache()
         _write(args.out, found)
-    world = PowerWorld.make(rows, samples, iterations)
     if "graph" in args.suites:
         graph_suite(world, found["results"])
         _write(args.out, found)

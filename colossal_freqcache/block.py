@@ -280,9 +280,8 @@ class CachedWeight:
         if self._adds_to_sorted and grad.is_sparse and not grad.is_coalesced():
             slots = grad._indices()[0]
             if self.cache.on_device:
-                if (
-                    not slots.numel() or (slots.data_ptr(), slots.numel()) == self._made_slots
-                ):  # asking the device would be waiting for it
+                # Whether they rise is known of the last backward's; asking the device would be waiting for it.
+                if not slots.numel() or (slots.data_ptr(), slots.numel()) == self._made_slots:
                     grad._coalesced_(True)
                 else:
                     parameter.grad = merged = _merged(grad)

@@ -58,17 +58,15 @@ class DeviceLookup:
     """Where the rows of one batch sit. Valid while it is held.
 
     Attributes: plan; slot_of_unique int32[U]; num_unique U; offsets int64[T*B+1]; num_tables T; hold.
-        is_replayed: it belongs to a CUDA graph. The host does not know U: num_unique is N then, slot_of_unique
-        int32[N], of which the device knows how many count.
+    In a CUDA graph the host does not know U: num_unique is N then, and slot_of_unique int32[N], of which the device
+    knows how many count.
     """
 
     def __init__(
-        self, plan: DevicePlan, hold: Hold, offsets: torch.Tensor, num_tables: int, is_replayed: bool = False
+        self, plan: DevicePlan, hold: Hold, slot_of_unique: torch.Tensor, offsets: torch.Tensor, num_tables: int
     ) -> None:
         self.plan, self.hold, self.offsets, self.num_tables = plan, hold, offsets, num_tables
-        self.is_replayed = is_replayed
-        self.slot_of_unique = plan.slot_of_unique if is_replayed else hold.slots
-        self.num_unique = self.slot_of_unique.numel()
+        self.slot_of_unique, self.num_unique = slot_of_unique, slot_of_unique.numel()
 
 
 class Mailbox:
@@ -267,7 +265,7 @@ class DeviceCache(RowCache):
         plan, offsets = self.replays.plan(self.kernels, self.slots, self._device_counts, values, offsets, tables)
         use = self.next_use()
         hold = self.hold(Hold(use, plan.slot_of_unique[:0], plan, self._unique_before[use]))
-        return DeviceLookup(plan, hold, offsets, self.table_rows.numel(), is_replayed=True)
+        return DeviceLookup(plan, hold, plan.slot_of_unique, offsets, self.table_rows.numel())
 
     def prefetch(self, values: torch.Tensor, offsets: torch.Tensor, padding_ids: torch.Tensor) -> None:
         if self.is_capturing():
@@ -388,7 +386,7 @@ class DeviceCache(RowCache):
         if counted:
             self._device_counts += plan.counts
         self._hold_of_use[planned.use] = hold = Hold(planned.use, slots, plan, self._unique_before[planned.use])
-        return DeviceLookup(plan, hold, planned.offsets, self.table_rows.numel())
+        return DeviceLookup(plan, hold, slots, planned.offsets, self.table_rows.numel())
 
     def hold(self, hold: Hold) -> Hold:
         """One more holder of a batch whose rows are still resident; `hold` may have ended just now."""
@@ -513,8 +511,7 @@ class DeviceCache(RowCache):
         self.ahead.interrupt()  # the side stream adds to them, too
         looked_up, missed, missing = self._device_counts[:, :3].to("cpu", copy=True).numpy().T
         written = int(self._device_written)
-        if self.replays.has_captured:
-            self.replays.check(self.replays.faults.tolist())
+        self.replays.ask()
         self._device_counts.zero_()
         self._device_written.zero_()
         self._stats.hits_per_table += looked_up - missed
@@ -541,8 +538,7 @@ class DeviceCache(RowCache):
         self.ahead.interrupt()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if self.replays.has_captured:
-            self.replays.check(self.replays.faults.tolist())
+        self.replays.ask()
 
     def _write_back_slots(self, slots: torch.Tensor) -> None:
         """The records of `slots` (int64) to the store, by way of the host."""

@@ -48,6 +48,11 @@ class Replays:
         self.prepaid.zero_()
         return plan, offsets.clamp(0, values.numel())
 
+    def ask(self) -> None:
+        """`check`, where the host waits for the device anyway."""
+        if self.has_captured:
+            self.check(self.faults.tolist())
+
     def check(self, faults: list[int]) -> None:
         """RuntimeError where the host has read that a replay went wrong; said once."""
         bad_ids, missing, bad_offsets = faults

@@ -294,15 +294,16 @@ class _CachedBags(nn.Module):
         last_offsets, ends = self._last_ends
         # numpy may have refilled those in host memory, and no version tells.
         # A captured graph reads the caller's own tensor: what was made of it before is not the graph's.
-        is_fresh = self._cache.is_capturing() or offsets.device.type == "cpu"
-        if is_fresh or not last_offsets(offsets, offsets_end, values.numel()):
+        is_capturing = self._cache.is_capturing()
+        is_known = not is_capturing and offsets.device.type != "cpu"
+        if not (is_known and last_offsets(offsets, offsets_end, values.numel())):
             ends = offsets.detach().to(device, torch.int64)
             if not offsets_end:
                 ends = torch.cat([ends, ends.new_full((1,), values.numel())])
             elif ends.data_ptr() == offsets.data_ptr():
                 ends = ends.clone()  # the backward reads them, and the caller may refill its buffer before that
             ends = ends.contiguous()
-            if not self._cache.is_capturing():
+            if not is_capturing:
                 self._last_ends = _Seen(offsets, offsets_end, values.numel()), ends
         if ends.numel() == 1:  # no bag
             self._check_offsets(ends.cpu(), values.numel(), num_offsets)

@@ -235,6 +235,21 @@ def test_a_prefetch_that_an_eager_step_has_used_is_not_counted_again(capturing, 
     assert (bag.stats.hits, bag.stats.misses) == (4, 4)
 
 
+def test_a_later_optimizer_starts_afresh_whatever_replays_have_left(capturing, triton):
+    """The host may take the state for initial while a graph has trained it: another optimizer of the kind resets it."""
+    bag = triton.make_bag(60)
+    optimizer = make_optimizer("Adagrad", bag.parameters(), fused=True)
+    ids = triton.put(1, 2, 3, 4).reshape(2, 2)
+    bag.prefetch(ids)
+    with capturing:
+        step(bag, optimizer, ids)
+    weight = bag._cached_weight
+    assert weight.logical("sum").any()
+    weight.state_is_initial = True  # as after a reset that was followed by a replay
+    make_optimizer("Adagrad", bag.parameters())
+    assert not weight.logical("sum").any()
+
+
 def test_bad_batches_are_told_and_harm_no_other_row(capturing, triton):
     """An id out of range, and offsets that pass the batch's end."""
     bag = triton.make_bag(60)

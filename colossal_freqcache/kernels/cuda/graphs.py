@@ -21,10 +21,11 @@ from ..device import DevicePlan, Tables
 
 __all__ = ["GraphedPlans"]
 
-_left_over: list[Any] = []  # what was collected while the user captured a graph
 SEEN_BEFORE = 3  # a shape that has come so often is worth a graph
 MOST_OF_A_SHAPE = 12
 MOST_SHAPES = 4
+
+_left_over: list[Any] = []  # what was collected while the user captured a graph
 
 
 class _Graph:
