@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,15 @@ def clean_environment(bin_on_path=True):
     if bin_on_path:
         path = f"{Path(sys.executable).parent}{os.pathsep}{path}"
     return {"PATH": path, "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+
+
+def wait_until_ended(pid, timeout_s=120):
+    """Until process `pid` has ended of itself, its parent not having asked for its code (TimeoutError)."""
+    deadline = time.monotonic() + timeout_s
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {pid} still runs after {timeout_s} s")
+        time.sleep(0.05)
 
 
 def launch(*command, timeout=300, environment=None, check=True):
@@ -267,6 +277,7 @@ def test_a_killed_rank_ends_the_launch(config_of, tmp_path):
     """SIGKILL in the middle of training: the other rank fails with a message, and the launcher with a code.
 
     Ours, where it waits in an exchange of rows; that of torch's backend, where it waits in that of dense gradients.
+    The launcher stands still meanwhile: where it sees the death first, it ends the other rank before that can speak.
     """
     config = tmp_path / "long.py"
     config.write_text(config_of().read_text().replace("num_train=4000", "num_train=400_000"))
@@ -285,7 +296,10 @@ def test_a_killed_rank_ends_the_launch(config_of, tmp_path):
                 break
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         assert len(children) == 2, children
+        process.send_signal(signal.SIGSTOP)
         os.kill(int(children[1]), signal.SIGKILL)
+        wait_until_ended(int(children[0]))
+        process.send_signal(signal.SIGCONT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode != 0
         said = r"could not exchange with the others|Connection (reset|closed) by peer"
