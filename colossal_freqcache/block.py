@@ -19,6 +19,7 @@ from collections import deque
 import torch
 from torch import nn
 
+from .autograd_exit import clear_queue_at_exit
 from .cache import RowCache
 from .placement import Placement
 from .rounding import HALVES, Rounding, stream_of
@@ -147,6 +148,7 @@ class CachedWeight:
 
     def watch(self, graph_node: object, token: Token) -> None:
         """Releases `token` after `graph_node` has died without a backward."""
+        clear_queue_at_exit()
         weakref.finalize(graph_node, self._dead.append, token).atexit = False
 
     def release(self, token: Token) -> None:
