@@ -4,8 +4,8 @@ Shapes: N ids in a batch (repeats), U unique rows, C slots, R rows, D embedding 
 Source of the semantics: torch.nn.EmbeddingBag, argument by argument; `bag.weight` alone differs: it is the cache block.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from copy import copy as shallow_copy
 from copy import deepcopy
 from numbers import Integral
@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .block import CachedWeight, Token, plain_mode
-from .cache import Lookup, RowCache
+from .cache import CHUNK_BYTES, Lookup, RowCache
 from .config import FreqCacheConfig
 from .device_cache import BadOffsetsError, DeviceCache
 from .eviction import EvictionStrategy
@@ -136,7 +136,30 @@ class _CachedBags(nn.Module):
     # ---- initialisation -----------------------------------------------------------------------------------------
 
     def _initialize(self, weights: Sequence[torch.Tensor] | None) -> None:
-        """Every row's first record: given weights, or what nn.EmbeddingBag draws table by table from the same seed."""
+        """Every row's first record: given weights, or what nn.EmbeddingBag draws table by table from the same seed.
+
+        A second thread writes a large table while this one draws: each takes half of the time.
+        """
+
+        def write(first: int, values: torch.Tensor) -> None:
+            with plain_mode():
+                self._placement.initialise(first, values)
+
+        chunks = self._first_weights(weights)
+        if self._cache.num_rows * self._cache.layout.row_bytes <= CHUNK_BYTES:
+            for first, values in chunks:
+                write(first, values)
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="freqcache-initialize") as writer:
+            written: Future | None = None
+            for first, values in chunks:
+                if written is not None:
+                    written.result()
+                written = writer.submit(write, first, values)
+            written.result()
+
+    def _first_weights(self, weights: Sequence[torch.Tensor] | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first id, weights (n, D) of that and the next ids), table after table."""
         dtype = self._cache.layout.dtype
         for table, (start, rows) in enumerate(self._table_ranges()):
             padding = self._table_padding[table]
@@ -147,7 +170,7 @@ class _CachedBags(nn.Module):
                         values[start + padding - first] = 0
                 else:
                     values = self._placement.of_first_rank(weights[table].detach()[first - start : last - start])
-                self._placement.initialise(first, values)
+                yield first, values
 
     def init_(self, fn: Callable[[torch.Tensor], Any]) -> None:
         """Initialises the weights in place: fn(values) gets (n, D) tensors of consecutive ids, table after table.

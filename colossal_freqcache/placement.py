@@ -116,9 +116,13 @@ class Placement:
         piece = self.piece(start, start + weights.shape[0])
         if piece is not None:
             layout = self.cache.layout
-            records = torch.empty(piece.last - piece.first, layout.width, dtype=layout.dtype)
-            layout.fill_state(records)
-            records[:, : layout.dim] = weights[piece.places, piece.columns]
+            weights = weights[piece.places, piece.columns]
+            if layout.state:
+                records = torch.empty(piece.last - piece.first, layout.width, dtype=layout.dtype)
+                layout.fill_state(records)
+                records[:, : layout.dim] = weights
+            else:
+                records = weights.to("cpu", layout.dtype).contiguous()
             self.cache.write_ids(piece.first, records)
 
     def write(self, column: str, start: int, values: torch.Tensor, split: bool = True) -> None:

@@ -13,6 +13,7 @@ from .vectors import prefetch
 __all__ = ["RowOrder"]
 
 AHEAD = 16  # places asked for before they are needed
+MOST_BUCKETS = 1 << 16  # of a table with fewer rows: one for each count from 0 to the highest
 
 
 @njit(cache=True, nogil=True)
@@ -30,6 +31,23 @@ def _taken(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     return taken
 
 
+@njit(cache=True, nogil=True)
+def _sort_by_count(counts, row_of_count, row_of_id, id_of_row):
+    """Both maps, from int64 counts below row_of_count.size; `row_of_count` comes in as zeros."""
+    for count in counts:
+        row_of_count[count] += 1
+    first = 0
+    for count in range(row_of_count.size - 1, -1, -1):
+        ids = row_of_count[count]
+        row_of_count[count] = first
+        first += ids
+    for i in range(counts.size):
+        row = row_of_count[counts[i]]
+        row_of_count[counts[i]] = row + 1
+        row_of_id[i] = row
+        id_of_row[row] = i
+
+
 class RowOrder:
     """The bijection id <-> row over R rows; identity where no frequencies are known (then it holds no array).
 
@@ -37,13 +55,9 @@ class RowOrder:
         row_of_id, id_of_row: int32[R] (int64 from 2**31 rows on), or None where row == id.
     """
 
-    def __init__(self, num_rows: int, id_of_row: np.ndarray | None = None) -> None:
+    def __init__(self, num_rows: int, row_of_id: np.ndarray | None = None, id_of_row: np.ndarray | None = None) -> None:
         self.num_rows = num_rows
-        self.id_of_row = id_of_row
-        self.row_of_id = None
-        if id_of_row is not None:
-            self.row_of_id = aligned_empty(id_of_row.shape, id_of_row.dtype, whole_pages=True)  # a device may read it
-            self.row_of_id[id_of_row] = np.arange(num_rows, dtype=id_of_row.dtype)
+        self.row_of_id, self.id_of_row = row_of_id, id_of_row
 
     @classmethod
     def from_counts(cls, counts: np.ndarray | None, num_rows: int) -> "RowOrder":
@@ -52,8 +66,16 @@ class RowOrder:
             return cls(num_rows)
         dtype = np.int32 if num_rows < 2**31 else np.int64
         counts = np.asarray(counts)
-        descending = counts.max() - counts if counts.dtype.kind == "u" else -counts  # unsigned: no negatives
-        return cls(num_rows, np.argsort(descending, kind="stable").astype(dtype))
+        row_of_id = aligned_empty((num_rows,), dtype, whole_pages=True)  # a device may read it
+        highest = counts.max(initial=0)
+        if counts.dtype == np.int64 and highest < max(num_rows, MOST_BUCKETS):
+            id_of_row = np.empty(num_rows, dtype)
+            _sort_by_count(counts, np.zeros(highest + 1, np.int64), row_of_id, id_of_row)
+        else:
+            descending = highest - counts if counts.dtype.kind == "u" else -counts  # unsigned: no negatives
+            id_of_row = np.argsort(descending, kind="stable").astype(dtype)
+            row_of_id[id_of_row] = np.arange(num_rows, dtype=dtype)
+        return cls(num_rows, row_of_id, id_of_row)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """int64 rows of int64 `ids`."""

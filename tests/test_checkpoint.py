@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch import nn
-from worlds import DIM, NUM_ROWS, assert_same_bits, counts, loss_of, make_bag, skewed_ids
+from worlds import DIM, NUM_ROWS, assert_same_bits, chunks_of, counts, loss_of, make_bag, skewed_ids
 
 from colossal_freqcache import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection, checkpoint, optim, parallel
 from colossal_freqcache.block import CachedWeight
@@ -485,9 +485,9 @@ def test_reading_as_tensors_has_a_limit(tmp_path):
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+@chunks_of(4096)
 def test_no_tensor_grows_with_the_table(tmp_path, monkeypatch):
     """A table of 8 pieces: no more than one piece of one column is asked for, or written, at a time."""
-    monkeypatch.setattr("colossal_freqcache.placement.CHUNK_BYTES", 4096)
     piece = 4096 + 16 * DIM * 4
     bag = make_bag(num_rows=1000)
     opt = optim.Adagrad(bag.parameters(), lr=0.1)

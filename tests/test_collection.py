@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from worlds import assert_same_bits, loss_of, make_optimizer
+from worlds import assert_same_bits, chunks_of, loss_of, make_optimizer
 
 from colossal_freqcache import FreqAwareEmbeddingBagCollection, IdFrequency
 
@@ -238,9 +238,9 @@ def test_loading_reports_missing_unexpected_and_wrong_tables():
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_the_seed_draws_the_tables_one_after_another(padding, monkeypatch):
+@chunks_of(1)
+def test_the_seed_draws_the_tables_one_after_another(padding):
     """As T nn.EmbeddingBag built in order do; also where a table takes several pieces of 16 rows."""
-    monkeypatch.setattr("colossal_freqcache.cache.CHUNK_BYTES", 1)
     paddings = PADDINGS[padding] if isinstance(PADDINGS[padding], list) else [PADDINGS[padding]] * 3
     torch.manual_seed(4)
     expected = [nn.EmbeddingBag(rows, DIM, padding_idx=p).weight for rows, p in zip(SIZES, paddings, strict=True)]

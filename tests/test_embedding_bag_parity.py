@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from worlds import DIM, FEW_SLOTS, NUM_ROWS, assert_same_bits, counts, loss_of, make_bag, make_optimizer, skewed_ids
+from worlds import (
+    DIM,
+    FEW_SLOTS,
+    NUM_ROWS,
+    assert_same_bits,
+    chunks_of,
+    counts,
+    loss_of,
+    make_bag,
+    make_optimizer,
+    skewed_ids,
+)
 
-import colossal_freqcache.cache
 from colossal_freqcache import FreqAwareEmbeddingBag, FreqAwareEmbeddingBagCollection
 
 PADDING = 3
@@ -456,9 +466,9 @@ def test_frozen_table_is_never_written_back(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dim", [1, 7, 8])
 @pytest.mark.parametrize("num_rows", [1, 5, 15, 16, 17, 31, 32, 33, 47, 203])
-def test_the_seed_draws_torchs_table_in_pieces(num_rows, dim, dtype, monkeypatch):
+@chunks_of(1)
+def test_the_seed_draws_torchs_table_in_pieces(num_rows, dim, dtype):
     """Pieces of 16 rows, and sizes around them: torch fills 16 elements at a time, and a short rest otherwise."""
-    monkeypatch.setattr(colossal_freqcache.cache, "CHUNK_BYTES", 1)
     torch.manual_seed(11)
     theirs = nn.EmbeddingBag(num_rows, dim, dtype=dtype)
     after_theirs = torch.rand(3)
@@ -480,8 +490,8 @@ def test_the_seed_draws_torchs_table_beyond_one_piece():
 
 
 @pytest.mark.parametrize("padding_idx", [0, 16, -1])
-def test_the_padding_row_is_zero_and_the_others_are_drawn_as_in_torch(padding_idx, monkeypatch):
-    monkeypatch.setattr(colossal_freqcache.cache, "CHUNK_BYTES", 1)
+@chunks_of(1)
+def test_the_padding_row_is_zero_and_the_others_are_drawn_as_in_torch(padding_idx):
     torch.manual_seed(11)
     theirs = nn.EmbeddingBag(50, 3, padding_idx=padding_idx)
     torch.manual_seed(11)
@@ -491,9 +501,9 @@ def test_the_padding_row_is_zero_and_the_others_are_drawn_as_in_torch(padding_id
 
 @pytest.mark.parametrize("num_rows", [15, 16, 17, 203])
 @pytest.mark.parametrize("dim", [1, 7])
-def test_init_draws_as_one_call_over_the_whole_table(num_rows, dim, monkeypatch):
+@chunks_of(1)
+def test_init_draws_as_one_call_over_the_whole_table(num_rows, dim):
     """bag.init_(uniform_), in pieces, in id order, over rows that counts have moved; resident rows see it at once."""
-    monkeypatch.setattr(colossal_freqcache.cache, "CHUNK_BYTES", 1)
     bag = FreqAwareEmbeddingBag(num_rows, dim, num_slots=5, mode="sum", ids_freq_mapping=counts(num_rows))
     torch.manual_seed(13)
     bag.init_(lambda values: nn.init.uniform_(values, -0.25, 0.25))

@@ -22,7 +22,6 @@ import time
 import traceback
 import warnings
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,9 +33,8 @@ from ranks import run_on_ranks
 from test_embedding_bag_parity import ARGUMENTS, PADDING, reference
 from test_equivalence import NAMES, REFERENCES, error
 from torch import nn
+from worlds import chunks_of
 
-import colossal_freqcache.cache
-import colossal_freqcache.placement
 from colossal_freqcache import (
     CacheTooSmallError,
     FreqAwareEmbeddingBag,
@@ -1012,15 +1010,6 @@ class Tables(nn.Module):
     def __init__(self):
         super().__init__()
         self.tables = nn.ModuleList(nn.EmbeddingBag(rows, DIM, mode="sum") for rows in SIZES)
-
-
-@contextlib.contextmanager
-def chunks_of(chunk_bytes):
-    """Whole-table passes go in pieces of about `chunk_bytes`."""
-    with contextlib.ExitStack() as stack:
-        for module in (colossal_freqcache.cache, colossal_freqcache.placement):
-            stack.enter_context(mock.patch.object(module, "CHUNK_BYTES", chunk_bytes))
-        yield
 
 
 def check_state_dict_in_chunks(rank, world_size, sharding, chunk_bytes):

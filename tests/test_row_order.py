@@ -15,6 +15,8 @@ from colossal_freqcache.row_order import RowOrder
 
 counts_strategy = st.one_of(
     hnp.arrays(np.int64, st.integers(1, 60), elements=st.integers(0, 5)),
+    hnp.arrays(np.int64, st.integers(1, 60), elements=st.sampled_from([0, 1, 2**16 - 1])),
+    hnp.arrays(np.int64, st.integers(1, 60), elements=st.sampled_from([0, 1, 2**16 - 1, 2**16, 2**62])),
     hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 1e12)),
 )
 

@@ -8,9 +8,21 @@ batch, at any of its calls and after any share of its rows, leaves every newest 
 the bits of the bag whose every row is resident.
 """
 
+import threading
+
 import pytest
 import torch
-from worlds import NUM_ROWS, assert_same_bits, counts, everything, loss_of, make_bag, make_optimizer, skewed_ids
+from worlds import (
+    NUM_ROWS,
+    assert_same_bits,
+    chunks_of,
+    counts,
+    everything,
+    loss_of,
+    make_bag,
+    make_optimizer,
+    skewed_ids,
+)
 
 from colossal_freqcache.kernels import make_kernels
 from colossal_freqcache.row_layout import RowLayout
@@ -253,6 +265,18 @@ class FailingStore(ListStore):
 
     def write(self, rows, records, places):
         self._maybe_fail("write", super().write, rows, records, places)
+
+
+@pytest.mark.parametrize("failing", [1, 2, NUM_ROWS // 16])
+@chunks_of(1)
+def test_a_failure_while_the_table_is_filled_is_the_constructors(failing):
+    """Which writes in a second thread meanwhile."""
+    store = FailingStore()
+    store.arm("write", failing, 1)
+    with pytest.raises(Broken):
+        make_bag(store=store)
+    assert store.calls == failing
+    assert not [thread for thread in threading.enumerate() if "freqcache-initialize" in thread.name]
 
 
 @pytest.mark.parametrize("call", ["forward", "prefetch", "flush"])

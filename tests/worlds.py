@@ -3,10 +3,13 @@
 Shapes: R rows, D width, C slots, N ids.
 """
 
+import contextlib
+from unittest import mock
+
 import numpy as np
 import torch
 
-from colossal_freqcache import FreqAwareEmbeddingBag, optim
+from colossal_freqcache import FreqAwareEmbeddingBag, cache, embedding, optim, placement
 
 NUM_ROWS = 200
 DIM = 8
@@ -17,6 +20,15 @@ FEW_SLOTS = 25  # one more than a batch of 8 x 3 distinct ids needs
 def counts(num_rows: int = NUM_ROWS) -> np.ndarray:
     """Counts that order the rows unlike their ids."""
     return np.random.default_rng(7).permutation(num_rows) + 1
+
+
+@contextlib.contextmanager
+def chunks_of(chunk_bytes: int):
+    """What walks whole tables does so in pieces of about `chunk_bytes`; also a decorator."""
+    with contextlib.ExitStack() as stack:
+        for module in (cache, embedding, placement):
+            stack.enter_context(mock.patch.object(module, "CHUNK_BYTES", chunk_bytes))
+        yield
 
 
 def make_bag(num_slots: int = FEW_SLOTS, num_rows: int = NUM_ROWS, dim: int = DIM, seed: int = 0, **options):
