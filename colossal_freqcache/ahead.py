@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from .kernels import WantedIds
-from .slots import SlotTable
+from .slots import SlotTable, split_missing
 from .transfers import Move, RowMover
 
 __all__ = ["Ahead"]
@@ -206,8 +206,8 @@ class Ahead:
         slots = self._slots_of(batch.wanted)
         if not batch.advanced:
             self._advance(batch, slots)
-        missing = np.flatnonzero(slots < 0)
-        resident = torch.from_numpy(slots[slots >= 0])
+        resident, missing = split_missing(slots)
+        resident = torch.from_numpy(resident)
         table.num_pinned += cache.kernels.add_pins(table.pins, resident, 1)
         if table.num_pinned + missing.size > table.num_slots:
             needed = table.num_pinned + missing.size

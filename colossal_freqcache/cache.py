@@ -19,7 +19,7 @@ from .kernels import BatchPlan, WantedIds, make_kernels
 from .metrics import CacheStats
 from .row_layout import RowLayout
 from .row_order import RowOrder
-from .slots import SlotTable
+from .slots import SlotTable, split_missing
 from .stores import make_store
 
 __all__ = ["CHUNK_BYTES", "CacheTooSmallError", "Lookup", "RowCache", "converted"]
@@ -291,9 +291,8 @@ class RowCache:
         back, and a slot that was being filled is free until the fetch has returned.
         """
         planned = plan.slot_of_unique.numpy()
-        is_missing = planned < 0
-        missing = np.flatnonzero(is_missing)
-        resident = torch.from_numpy(planned[~is_missing]) if missing.size else plan.slot_of_unique
+        resident, missing = split_missing(planned)
+        resident = torch.from_numpy(resident)
         newly_pinned = self.kernels.add_pins(self.slots.pins, resident, 1)
         self.slots.num_pinned += newly_pinned
         try:

@@ -11,7 +11,7 @@ from numba import njit
 
 from .vectors import prefetch
 
-__all__ = ["FREE", "SlotTable"]
+__all__ = ["FREE", "SlotTable", "split_missing"]
 
 FREE = -1
 AHEAD = 16  # places of the map asked for before they are needed
@@ -27,6 +27,17 @@ def _mark(marks, slots, kept, added):
 def _marked(marks, slots, bits, marked):
     for i in range(slots.size):
         marked[i] = (marks[slots[i]] & bits) != 0
+
+
+@njit(cache=True, nogil=True)
+def _split(planned, resident, missing):
+    found = 0
+    for u in range(planned.size):  # without a branch: nobody can guess which are missing
+        is_missing = planned[u] < 0
+        resident[found] = planned[u]
+        missing[u - found] = u
+        found += 1 - is_missing
+    return found
 
 
 @njit(cache=True, nogil=True)
@@ -49,6 +60,9 @@ def _slots_of(ids, slot_of_id, slots):
 def _admit(ids, rows, slots, slot_of_id, id_of_slot, row_of_slot):
     for i in range(slots.size):
         if i + AHEAD < slots.size:
+            coming = np.int64(slots[i + AHEAD])
+            prefetch(id_of_slot, coming)
+            prefetch(row_of_slot, coming)
             prefetch(slot_of_id, ids[i + AHEAD])
         id_of_slot[slots[i]] = ids[i]
         row_of_slot[slots[i]] = rows[i]
@@ -58,13 +72,25 @@ def _admit(ids, rows, slots, slot_of_id, id_of_slot, row_of_slot):
 @njit(cache=True, nogil=True)
 def _evict(slots, slot_of_id, id_of_slot, row_of_slot, marks):
     for i in range(slots.size):
+        if i + 2 * AHEAD < slots.size:
+            prefetch(id_of_slot, np.int64(slots[i + 2 * AHEAD]))
         if i + AHEAD < slots.size:
-            prefetch(slot_of_id, np.int64(id_of_slot[slots[i + AHEAD]]))
+            coming = np.int64(slots[i + AHEAD])
+            prefetch(row_of_slot, coming)
+            prefetch(marks, coming)
+            prefetch(slot_of_id, np.int64(id_of_slot[coming]))
         slot = slots[i]
         slot_of_id[id_of_slot[slot]] = 0
         id_of_slot[slot] = FREE
         row_of_slot[slot] = FREE
         marks[slot] = 0
+
+
+def split_missing(planned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of int32[U] slots, -1 where missing: those that are not; int64, where the others stand."""
+    resident, missing = np.empty(planned.size, np.int32), np.empty(planned.size, np.int64)
+    found = _split(planned, resident, missing)
+    return resident[:found], missing[: planned.size - found]
 
 
 class SlotTable:

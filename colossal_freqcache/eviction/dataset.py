@@ -42,8 +42,10 @@ def _highest_bit(word):
 
 @njit(cache=True, nogil=True)
 def _insert(words, level_start, rows):
-    for row in rows:
-        position = row
+    for i in range(rows.size):
+        if i + AHEAD < rows.size:
+            prefetch(words, rows[i + AHEAD] >> 6)
+        position = rows[i]
         for level in range(level_start.size):
             at = level_start[level] + (position >> 6)
             word = words[at]
@@ -55,8 +57,10 @@ def _insert(words, level_start, rows):
 
 @njit(cache=True, nogil=True)
 def _remove(words, level_start, rows):
-    for row in rows:
-        position = row
+    for i in range(rows.size):
+        if i + AHEAD < rows.size:
+            prefetch(words, rows[i + AHEAD] >> 6)
+        position = rows[i]
         for level in range(level_start.size):
             at = level_start[level] + (position >> 6)
             word = words[at] & ~(ONE << np.uint64(position & 63))
@@ -83,26 +87,47 @@ def _last_up_to(words, level_start, level, position):
 
 
 @njit(cache=True, nogil=True)
-def _take_below(words, level_start, limit, rows):
+def _take_bits(word, first, rows, taken):
+    """rows[taken..]: first + the places of the bits of `word`, falling, as far as they fit; return the new `taken`."""
+    while word != 0 and taken < rows.size:
+        bit = highest_bit(word)
+        word ^= ONE << np.uint64(bit)
+        rows[taken] = first + bit
+        taken += 1
+    return taken
+
+
+@njit(cache=True, nogil=True)
+def _take_below(words, level_start, limit, rows, words_at):
     """Fill rows int64 (n,) with the largest resident rows < limit, falling; return how many there are.
 
-    The next word of level 0 is found on level 1, which stays in the nearest cache, so the loads from level 0 overlap.
+    Level 1 says which words of level 0 come next. Those are listed in words_at int64 (n,) and asked for before the
+    first is read, so that their loads overlap.
     """
-    taken = 0
     at = limit >> 6
-    word = words[at] & ((ONE << np.uint64(limit & 63)) - ONE) if limit & 63 else np.uint64(0)
-    while True:
-        while word != 0:
-            if taken == rows.size:
-                return taken
-            bit = highest_bit(word)
-            word ^= ONE << np.uint64(bit)
-            rows[taken] = (at << 6) + bit
-            taken += 1
-        at = _last_up_to(words, level_start, 1, at - 1)
-        if at < 0:
-            return taken
-        word = words[at]
+    below = ONE << np.uint64(limit & 63)
+    taken = _take_bits(words[at] & (below - ONE), at << 6, rows, 0) if limit & 63 else 0
+    at -= 1
+    while taken < rows.size:
+        listed = 0
+        while listed < rows.size - taken:
+            at = _last_up_to(words, level_start, 1, at)
+            if at < 0:
+                break
+            above = words[level_start[1] + (at >> 6)] << np.uint64(63 - (at & 63))  # its highest bit is that of `at`
+            while above != 0 and listed < rows.size - taken:
+                skipped = 63 - highest_bit(above)
+                at -= skipped
+                prefetch(words, at)
+                words_at[listed] = at
+                listed += 1
+                at -= 1
+                above = above << np.uint64(skipped) << ONE
+        if listed == 0:
+            break
+        for i in range(listed):
+            taken = _take_bits(words[words_at[i]], words_at[i] << 6, rows, taken)
+    return taken
 
 
 @njit(cache=True, nogil=True)
@@ -116,7 +141,7 @@ def _choose(words, level_start, num_rows, in_use, slot_of_id, id_of_row, victims
     rows = np.empty(max(victims.size, BLOCK), np.int64)
     places = np.empty(rows.size, np.int64)
     while found < victims.size:
-        taken = _take_below(words, level_start, limit, rows[: max(victims.size - found, BLOCK)])
+        taken = _take_below(words, level_start, limit, rows[: max(victims.size - found, BLOCK)], places)
         if taken == 0:
             break
         if id_of_row is None:

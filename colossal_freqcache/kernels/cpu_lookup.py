@@ -189,6 +189,8 @@ def add_pins(in_use, slots, delta):
     """in_use[slots] += delta; returns by how much the number of slots in use changed."""
     change = 0
     for i in range(slots.size):
+        if i + AHEAD < slots.size:
+            prefetch(in_use, np.int64(slots[i + AHEAD]))
         slot = slots[i]
         before = in_use[slot]
         after = before + delta
