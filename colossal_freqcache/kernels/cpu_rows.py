@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 AHEAD = 8  # rows
+MOVED_AHEAD = 16  # rows that are copied: each is a line or more in two arrays
 
 
 @njit(cache=True, nogil=True)
@@ -37,9 +38,9 @@ def copy_rows(source, source_rows, target, target_rows, row, first, last):
     """target[target_rows[i]] = source[source_rows[i]] for i in first..last-1."""
     width = source.shape[1]
     for i in range(first, last):
-        if i + AHEAD < last:
-            prefetch_row(source, np.int64(source_rows[i + AHEAD]) * width, row)
-            prefetch_row(target, np.int64(target_rows[i + AHEAD]) * width, row)
+        if i + MOVED_AHEAD < last:
+            prefetch_row(source, np.int64(source_rows[i + MOVED_AHEAD]) * width, row)
+            prefetch_row(target, np.int64(target_rows[i + MOVED_AHEAD]) * width, row)
         copy_row(target, np.int64(target_rows[i]) * width, source, np.int64(source_rows[i]) * width, row)
 
 
@@ -133,10 +134,16 @@ def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, row
     """`pool_backward` for unique rows first..last-1 where every bag has one position."""
     bags_per_table, num_tables, dim = grad.shape
     for b in range(bags_per_table):  # sample by sample, as `grad` lies in memory
+        to_next = np.int64(b + 1 < bags_per_table)
         for t in range(num_tables):
-            u = unique_of_position[t * bags_per_table + b]
+            i = t * bags_per_table + b
+            coming = unique_of_position[i + to_next]
+            if coming >= first and coming < last:
+                place = np.int64(place_of_unique[coming])
+                prefetch_row(values, (place ^ (place >> 63)) * dim, row)  # -1 - place where that is stored
+                prefetch_row(grad, ((b + 1) * num_tables + t) * dim, row)
+            u = unique_of_position[i]
             if u >= first and u < last:
-                prefetch_row(grad, ((b + 2) * num_tables + t) * dim, row)
                 place = np.int64(place_of_unique[u])
                 if place >= 0:
                     place_of_unique[u] = -1 - place
