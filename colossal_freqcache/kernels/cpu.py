@@ -21,6 +21,7 @@ __all__ = ["CpuHalfKernels", "CpuKernels"]
 
 GRAIN = 1 << 17  # elements of rows that are worth a thread of their own: about 0.1 ms
 PLAN_GRAIN = 1 << 15  # positions
+MOST_UNEVEN = 1.25  # positions of the largest part of the tables, in even shares
 _NO_WEIGHTS = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 _NO_POSITIONS = np.empty(0, np.int64)
 _REAL = {torch.float32: np.float32, torch.float64: np.float64, torch.int16: np.int16}  # int16: the bits of halves
@@ -209,19 +210,18 @@ class CpuKernels:
         grad = grad.contiguous()
         dim = grad.shape[2]
         values = self._arrays.take((num_places, dim), _REAL[grad.dtype])
-        per_unique = dim * unique_of_position.numel() // max(1, num_places)
         where = grad.numpy(), unique_of_position.numpy()
         places = place_of_unique.numpy(), values, _row(dim, grad.dtype)
         if weights is None and not scale_by_freq and self._is_one_hot(offsets):
-            _in_parts(cpu_rows.pool_one_hot_backward, num_places, per_unique, *where, *places)
+            _in_parts_of_unique(cpu_rows.pool_one_hot_backward, num_places, offsets, *where, *places)
         else:
             positions = _NO_POSITIONS
             if scale_by_freq:
                 positions = cpu_lookup.count_positions(unique_of_position.numpy(), num_places)
-            _in_parts(
+            _in_parts_of_unique(
                 cpu_rows.pool_backward,
                 num_places,
-                per_unique,
+                offsets,
                 *where,
                 offsets.numpy(),
                 _NO_WEIGHTS[grad.dtype] if weights is None else weights.detach().numpy(),
@@ -311,9 +311,8 @@ class CpuHalfKernels(HalfKernels):
         if weights is not None or scale_by_freq or not self._inner._is_one_hot(offsets):
             return super().pool_backward(grad, *arguments)
         values = self._inner._arrays.take((num_places, grad.shape[2]), np.float32)
-        per_unique = grad.shape[2] * unique_of_position.numel() // max(1, num_places)
         arrays = _bits(grad.contiguous()), unique_of_position.numpy(), place_of_unique.numpy(), values
-        _in_parts(cpu_halves.pool_one_hot_backward, num_places, per_unique, *arrays)
+        _in_parts_of_unique(cpu_halves.pool_one_hot_backward, num_places, offsets, *arrays)
         return self._inner.narrow(torch.from_numpy(values), grad.dtype)
 
     def update_sgd(self, records, dim, slots, grads, lr):
@@ -357,6 +356,30 @@ def _in_parts(function, size, elements_each, *arguments):
     in_parts(
         lambda first, last: function(*arguments, first, last), size, num_parts(size * max(1, elements_each), GRAIN)
     )
+
+
+def _in_parts_of_unique(function, num_unique, offsets, grad, unique_of_position, *arguments):
+    """function(grad, unique_of_position, *arguments, first table, last, first unique row, last) over parts of the rows.
+
+    Where the tables can be shared out evenly, no two parts look at the same position.
+    """
+    bags_per_table, num_tables, dim = grad.shape
+    num_positions = unique_of_position.size
+    parts = num_parts(dim * num_positions, GRAIN)
+    starts = offsets.numpy()[bags_per_table * np.arange(num_tables + 1)]
+    tables = _equal_parts(starts, parts)
+    if len(tables) - 1 == parts and parts * np.diff(starts[tables]).max() <= MOST_UNEVEN * num_positions:
+        ends = [int(cpu_lookup.unique_from(unique_of_position, starts[table], num_unique)) for table in tables[1:]]
+        bounds = list(zip(tables, tables[1:], [0, *ends], ends))
+    else:
+        ends = [num_unique * part // parts for part in range(parts + 1)]
+        bounds = [(0, num_tables, *ends[part : part + 2]) for part in range(parts)]
+
+    def do(first, last):
+        for part in range(first, last):
+            function(grad, unique_of_position, *arguments, *bounds[part])
+
+    in_parts(do, parts, parts)
 
 
 def _bits(values):

@@ -138,11 +138,11 @@ def round_rows(rows, records, slots, stream, ids, columns, first, last):
 
 
 @njit(cache=True, nogil=True)
-def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, first, last):
+def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, first_table, last_table, first, last):
     """values (float32) as `cpu_rows.pool_one_hot_backward`, of a 16-bit `grad`."""
     bags_per_table, num_tables, dim = grad.shape
     for b in range(bags_per_table):  # sample by sample, as `grad` lies in memory
-        for t in range(num_tables):
+        for t in range(first_table, last_table):
             u = unique_of_position[t * bags_per_table + b]
             if u >= first and u < last:
                 prefetch_row(grad, ((b + 2) * num_tables + t) * dim, dim)

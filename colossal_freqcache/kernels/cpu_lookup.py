@@ -19,6 +19,7 @@ __all__ = [
     "order_slots",
     "plan",
     "renumber",
+    "unique_from",
 ]
 
 AHEAD = 24  # positions
@@ -182,6 +183,15 @@ def distinct_ids(values, offsets, table_rows, table_starts, padding_ids, bags_pe
                 num_unique += 1
         table_ends[t + 1] = num_unique
     return -1
+
+
+@njit(cache=True, nogil=True)
+def unique_from(unique_of_position, position, num_unique):
+    """The unique row of the first position from `position` on that has one; num_unique where none has."""
+    for i in range(position, unique_of_position.size):
+        if unique_of_position[i] >= 0:
+            return np.int64(unique_of_position[i])
+    return np.int64(num_unique)
 
 
 @njit(cache=True, nogil=True)

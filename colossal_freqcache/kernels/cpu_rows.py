@@ -124,18 +124,18 @@ def pool_max(records, dim, slot_of_unique, unique_of_position, offsets, out, cho
                 taken += 1
 
 
-# ---- backward: a part is a range of unique rows; each looks at every position and sums those of its own --------------
+# ---- backward: a part is a range of unique rows; it looks at all positions of their tables and sums those of its own -
 # A row belongs to one table, whose positions come in batch order: so do the addends of each sum. The first one is
 # stored, not added to zero. place_of_unique[u] is -1 - its place once it was, and as before again on return.
 
 
 @njit(cache=True, nogil=True)
-def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, row, first, last):
+def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, row, first_table, last_table, first, last):
     """`pool_backward` for unique rows first..last-1 where every bag has one position."""
     bags_per_table, num_tables, dim = grad.shape
     for b in range(bags_per_table):  # sample by sample, as `grad` lies in memory
         to_next = np.int64(b + 1 < bags_per_table)
-        for t in range(num_tables):
+        for t in range(first_table, last_table):
             i = t * bags_per_table + b
             coming = unique_of_position[i + to_next]
             if coming >= first and coming < last:
@@ -173,14 +173,16 @@ def pool_backward(
     place_of_unique,
     values,
     row,
+    first_table,
+    last_table,
     first,
     last,
 ):
-    """`pool_backward` for unique rows first..last-1."""
+    """`pool_backward` for unique rows first..last-1, which are of tables first_table..last_table-1."""
     bags_per_table, num_tables, dim = grad.shape
     one = grad.dtype.type(1)
     for b in range(bags_per_table):  # sample by sample, as `grad` lies in memory
-        for t in range(num_tables):
+        for t in range(first_table, last_table):
             bag = t * bags_per_table + b
             of_bag = (b * num_tables + t) * dim
             scale = one
