@@ -703,7 +703,7 @@ class ParallelCachedEmbeddingBag(CachedEmbeddingBag):
             if batch.weights is not None:
                 batch = batch._replace(weights=SumOfRanks.apply(batch.weights, bag._ranks))
             self._check_same(batch)
-            columns = bag._lookup(batch)[:, 0]
+            columns = bag._lookup(batch).squeeze(1)
         if shape_hook is not None:
             columns = shape_hook(columns)
         return _exchange_shares(columns, bag._ranks, scatter_dim, gather_dim)

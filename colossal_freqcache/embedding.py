@@ -729,7 +729,7 @@ class FreqAwareEmbeddingBag(_CachedBags):
             CacheTooSmallError: the batch's rows and those still in use pass the ceiling; nothing was changed.
         """
         batch = self._batch(input, offsets, per_sample_weights)
-        return self._lookup(batch)[:, 0]
+        return self._lookup(batch).squeeze(1)
 
     def prefetch(self, input: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
         """Makes the rows of a later batch resident now, and keeps them so until the next forward that uses them.

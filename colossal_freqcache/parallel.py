@@ -596,7 +596,7 @@ class _Sharded:
             local = self._exchange_bags(plan)
             return self._return_pooled(plan, self._lookup(local))
         local = self._exchange_requests(plan)
-        rows = self._return_rows(plan, self._lookup(local)[:, 0])
+        rows = self._return_rows(plan, self._lookup(local).squeeze(1))
         batch = plan.sent.batch
         divisors = self._occurrences(plan) if self.scale_grad_by_freq and self.mode != "max" else None
         pooling = _RowPooling(self._cache.kernels, self.mode, plan.sent, len(self._placement.table_sizes), divisors)
@@ -958,7 +958,7 @@ class ShardedFreqAwareEmbeddingBag(_Sharded, FreqAwareEmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pooled rows (B, D) of this rank's B bags; arguments as in FreqAwareEmbeddingBag.forward."""
-        return self._sharded_lookup(lambda: self._batch(input, offsets, per_sample_weights))[:, 0]
+        return self._sharded_lookup(lambda: self._batch(input, offsets, per_sample_weights)).squeeze(1)
 
     def extra_repr(self) -> str:
         """As for the whole bag, and this rank's part."""

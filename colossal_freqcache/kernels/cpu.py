@@ -366,6 +366,9 @@ def _in_parts_of_unique(function, num_unique, offsets, grad, unique_of_position,
     bags_per_table, num_tables, dim = grad.shape
     num_positions = unique_of_position.size
     parts = num_parts(dim * num_positions, GRAIN)
+    if parts == 1:
+        function(grad, unique_of_position, *arguments, 0, num_tables, 0, num_unique)
+        return
     starts = offsets.numpy()[bags_per_table * np.arange(num_tables + 1)]
     tables = _equal_parts(starts, parts)
     if len(tables) - 1 == parts and parts * np.diff(starts[tables]).max() <= MOST_UNEVEN * num_positions:
