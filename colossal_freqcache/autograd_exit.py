@@ -6,7 +6,6 @@ lock, which nobody can give any more: the process prints its error and hangs. So
 """
 
 import atexit
-import functools
 import os
 
 import torch
@@ -20,12 +19,18 @@ with torch.inference_mode(False), torch.enable_grad():
     _oldest = _leaf * 1
 
 
-@functools.cache
+_process: int | None = None  # that clears its queue; a fork inherits the handler and the queue
+
+
 def clear_queue_at_exit() -> None:
     """Empties autograd's queue once Python starts to exit; for whoever records a graph, as often as it does."""
-    atexit.register(_clear_queue, os.getpid())
+    global _process
+    if _process != os.getpid():
+        if _process is None:
+            atexit.register(_clear_queue)
+        _process = os.getpid()
 
 
-def _clear_queue(process: int) -> None:
-    if os.getpid() == process:  # a fork may not use autograd
+def _clear_queue() -> None:
+    if _process == os.getpid():  # a fork that recorded no graph may not be able to use autograd
         torch.autograd.grad(_oldest, _leaf)

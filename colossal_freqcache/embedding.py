@@ -138,7 +138,7 @@ class _CachedBags(nn.Module):
     def _initialize(self, weights: Sequence[torch.Tensor] | None) -> None:
         """Every row's first record: given weights, or what nn.EmbeddingBag draws table by table from the same seed.
 
-        A second thread writes a large table while this one draws: each takes half of the time.
+        A second thread writes a large table while this one draws.
         """
 
         def write(first: int, values: torch.Tensor) -> None:

@@ -122,7 +122,7 @@ class Placement:
                 layout.fill_state(records)
                 records[:, : layout.dim] = weights
             else:
-                records = weights.to("cpu", layout.dtype).contiguous()
+                records = weights.to("cpu", layout.dtype).resolve_neg().contiguous()
             self.cache.write_ids(piece.first, records)
 
     def write(self, column: str, start: int, values: torch.Tensor, split: bool = True) -> None:

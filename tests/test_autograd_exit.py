@@ -48,12 +48,23 @@ for batch in range({caught}):
 """
 
 
+FORKED = """
+import os
+bag(torch.arange(5), torch.arange(5))
+child = os.fork()
+if child == 0:
+    fail(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) + 4)
+"""
+
+
 @pytest.mark.parametrize(
     "error, caught, last, code",
     [
         ("RuntimeError", 0, "fail(0)", 1),
         ("RuntimeError", 10, "sys.exit(3)", 3),
         ("RuntimeError", 10, "bag(torch.arange(5), torch.arange(5)).sum().backward()", 0),
+        ("RuntimeError", 0, FORKED, 5),
         ("KeyboardInterrupt", 0, "fail(0)", -signal.SIGINT),
     ],
 )

@@ -43,6 +43,8 @@ from colossal_freqcache import (
     optim,
 )
 from colossal_freqcache.kernels import make_kernels
+from colossal_freqcache.kernels.cpu import GRAIN
+from colossal_freqcache.kernels.parts import num_parts
 from colossal_freqcache.parallel import (
     SHARDINGS,
     ShardedFreqAwareEmbeddingBag,
@@ -1091,6 +1093,39 @@ def check_chunks(rank, world_size, sharding, optimizer):
 def test_pieces_of_tables(ranks, sharding, optimizer):
     """Draws, given weights, a bound optimizer, loads, init_ and copies give the same values in pieces of 16 ids."""
     ranks.run(check_chunks, sharding, optimizer)
+
+
+def check_threads(rank, world_size, sharding, ragged):
+    bags_per_table, dim, rows = 1024, 64, 2000
+    generator = torch.Generator().manual_seed(rank)
+    lengths = torch.randint(0, 4, (4 * bags_per_table,), generator=generator) if ragged else torch.ones(4096).long()
+    offsets = lengths.cumsum(0) - lengths
+    ids = torch.randint(rows, (int(lengths.sum()),), generator=generator)
+    grad = torch.randn(bags_per_table, 4, dim, generator=generator)
+    assert num_parts(ids.numel() * dim, GRAIN) <= 1 < ids.numel() * dim // GRAIN, "shared out among several threads"
+    trained = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            bag = ShardedFreqAwareEmbeddingBagCollection(
+                [rows] * 4, dim, mode="sum", cache_ratio=1.0, sharding=sharding
+            )
+            optimizer = optim.SGD(bag.parameters(), lr=1.0)
+            bag(ids, offsets).backward(grad)
+            optimizer.step()
+            trained.append(list(bag.state_dict().values()))
+    finally:
+        torch.set_num_threads(1)
+    assert_same_bits(*trained, "with one thread and with two")
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@every_sharding
+@on_2_ranks
+def test_the_bits_do_not_depend_on_the_number_of_threads(ranks, sharding, ragged):
+    """Of a batch that is large enough to be shared out; ranks that exchange rows number them in an order of their own."""
+    ranks.run(check_threads, sharding, ragged)
 
 
 def check_read_by_one_rank(rank, world_size, sharding, optimizer):

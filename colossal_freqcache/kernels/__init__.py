@@ -25,7 +25,7 @@ class BatchPlan(NamedTuple):
 
     unique_of_position: int32[N], which unique row stands at a position; -1 for padding.
     slot_of_unique: int32[U], its slot; -1 where the row is not resident.
-    id_of_unique: int64[U], its id (over all tables). Rows of one table have consecutive numbers, table after table.
+    id_of_unique: int64[U], its id (over all tables).
     counts: int64[T, 4]: looked-up positions, missed positions, unique misses, positions of PREPAID rows.
     """
 

@@ -361,20 +361,15 @@ def _in_parts(function, size, elements_each, *arguments):
 def _in_parts_of_unique(function, num_unique, offsets, grad, unique_of_position, *arguments):
     """function(grad, unique_of_position, *arguments, first table, last, first unique row, last) over parts of the rows.
 
-    Where the tables can be shared out evenly, no two parts look at the same position.
+    Where the tables can be shared out so, no two parts look at the same position.
     """
     bags_per_table, num_tables, dim = grad.shape
-    num_positions = unique_of_position.size
-    parts = num_parts(dim * num_positions, GRAIN)
+    parts = num_parts(dim * unique_of_position.size, GRAIN)
     if parts == 1:
         function(grad, unique_of_position, *arguments, 0, num_tables, 0, num_unique)
         return
-    starts = offsets.numpy()[bags_per_table * np.arange(num_tables + 1)]
-    tables = _equal_parts(starts, parts)
-    if len(tables) - 1 == parts and parts * np.diff(starts[tables]).max() <= MOST_UNEVEN * num_positions:
-        ends = [int(cpu_lookup.unique_from(unique_of_position, starts[table], num_unique)) for table in tables[1:]]
-        bounds = list(zip(tables, tables[1:], [0, *ends], ends))
-    else:
+    bounds = _parts_of_tables(offsets.numpy()[bags_per_table * np.arange(num_tables + 1)], unique_of_position, parts)
+    if bounds is None:
         ends = [num_unique * part // parts for part in range(parts + 1)]
         bounds = [(0, num_tables, *ends[part : part + 2]) for part in range(parts)]
 
@@ -383,6 +378,25 @@ def _in_parts_of_unique(function, num_unique, offsets, grad, unique_of_position,
             function(grad, unique_of_position, *arguments, *bounds[part])
 
     in_parts(do, parts, parts)
+
+
+def _parts_of_tables(starts, unique_of_position, parts):
+    """(first table, last, first unique row, last) of each part; None where parts are uneven, or share numbers.
+
+    Numbers given table after table, as `plan` gives them, are not shared; ranks that exchange rows give others.
+    """
+    tables = _equal_parts(starts, parts)
+    if len(tables) - 1 < parts or parts * np.diff(starts[tables]).max() > MOST_UNEVEN * unique_of_position.size:
+        return None
+    bounds, end = [], 0
+    for first, last in itertools.pairwise(tables):
+        smallest, beyond = cpu_lookup.unique_range(unique_of_position, starts[first], starts[last])
+        if smallest < beyond:
+            if smallest < end:
+                return None
+            end = beyond
+        bounds.append((first, last, smallest, beyond))
+    return bounds
 
 
 def _bits(values):

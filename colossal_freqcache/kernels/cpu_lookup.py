@@ -19,7 +19,7 @@ __all__ = [
     "order_slots",
     "plan",
     "renumber",
-    "unique_from",
+    "unique_range",
 ]
 
 AHEAD = 24  # positions
@@ -186,12 +186,15 @@ def distinct_ids(values, offsets, table_rows, table_starts, padding_ids, bags_pe
 
 
 @njit(cache=True, nogil=True)
-def unique_from(unique_of_position, position, num_unique):
-    """The unique row of the first position from `position` on that has one; num_unique where none has."""
-    for i in range(position, unique_of_position.size):
-        if unique_of_position[i] >= 0:
-            return np.int64(unique_of_position[i])
-    return np.int64(num_unique)
+def unique_range(unique_of_position, first, last):
+    """(smallest, largest + 1) unique row at positions first..last-1; (0, 0) where all are padding."""
+    smallest, largest = np.uint32(0xFFFFFFFF), np.int32(-1)
+    for i in range(first, last):
+        smallest = min(smallest, np.uint32(unique_of_position[i]))  # -1 is larger than all others
+        largest = max(largest, unique_of_position[i])
+    if largest < 0:
+        return np.int64(0), np.int64(0)
+    return np.int64(smallest), np.int64(largest) + 1
 
 
 @njit(cache=True, nogil=True)

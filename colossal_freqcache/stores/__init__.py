@@ -14,7 +14,11 @@ __all__ = ["RamStore", "RowStore", "make_store"]
 
 
 class RowStore(Protocol):
-    """Holds R records of one layout, of any dtype it has. Rows are int64 tensors on the host, unique within a call."""
+    """Holds R records of one layout, of any dtype it has. Rows are int64 tensors on the host, unique within a call.
+
+    Calls come one at a time, but from several threads: a second one fills a large table and moves the rows of a
+    `Lookahead`.
+    """
 
     def allocate(self, num_rows: int, layout: RowLayout) -> None:
         """Makes room for `num_rows` records; their values are undefined. Called again, it forgets the old ones."""
