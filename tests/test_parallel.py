@@ -1124,7 +1124,7 @@ def check_threads(rank, world_size, sharding, ragged):
 @every_sharding
 @on_2_ranks
 def test_the_bits_do_not_depend_on_the_number_of_threads(ranks, sharding, ragged):
-    """Of a batch that is large enough to be shared out; ranks that exchange rows number them in an order of their own."""
+    """Of a batch large enough to be shared out; ranks that exchange rows number them in an order of their own."""
     ranks.run(check_threads, sharding, ragged)
 
 
