@@ -121,7 +121,7 @@ class Placement:
                 records = torch.empty(piece.last - piece.first, layout.width, dtype=layout.dtype)
                 layout.fill_state(records)
                 records[:, : layout.dim] = weights
-            else:
+            else:  # the weights are the records, and need no copy
                 records = weights.to("cpu", layout.dtype).resolve_neg().contiguous()
             self.cache.write_ids(piece.first, records)
 

@@ -13,7 +13,7 @@ from .vectors import prefetch
 __all__ = ["RowOrder"]
 
 AHEAD = 16  # places asked for before they are needed
-MOST_BUCKETS = 1 << 16  # of a table with fewer rows: one for each count from 0 to the highest
+MOST_BUCKETS = 1 << 16  # of the sort by count, or as many as the table has rows: one for each count up to the highest
 
 
 @njit(cache=True, nogil=True)

@@ -131,7 +131,7 @@ def pool_max(records, dim, slot_of_unique, unique_of_position, offsets, out, cho
 
 @njit(cache=True, nogil=True)
 def pool_one_hot_backward(grad, unique_of_position, place_of_unique, values, row, first_table, last_table, first, last):
-    """`pool_backward` for unique rows first..last-1 where every bag has one position."""
+    """`pool_backward` where every bag has one position, for unique rows first..last-1, which are of those tables."""
     bags_per_table, num_tables, dim = grad.shape
     for b in range(bags_per_table):  # sample by sample, as `grad` lies in memory
         to_next = np.int64(b + 1 < bags_per_table)
